@@ -1,0 +1,30 @@
+"""What the engine is told when it is built: limits and budgets, all resolved.
+
+Knows nothing of flags, environment or models' names; no torch here.
+Made by model_manager from Settings and what the loaded model says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Limits of one engine.
+
+    Args:
+        max_num_seqs: most sequences in one step (--continuous-batching-batch-size).
+        max_batch_tokens: token budget of one step (--max-batch-tokens).
+        max_model_len: most tokens, prompt and output together, of one sequence.
+        kv_budget_bytes: most bytes of KV storage at any time (--kv-cache-memory); None for no bound of its own.
+        is_prefix_caching: whether finished sequences' KV may serve later prompts (--prefix-caching).
+        eos_token_ids: tokens that end a sequence unless it ignores EOS.
+    """
+
+    max_num_seqs: int
+    max_batch_tokens: int
+    max_model_len: int
+    kv_budget_bytes: int | None = None
+    is_prefix_caching: bool = True
+    eos_token_ids: frozenset[int] = frozenset()
