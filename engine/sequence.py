@@ -139,6 +139,11 @@ class Sequence:
         """Prompt plus generated tokens so far."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has left the scheduler for good."""
+        return self.state is SequenceState.FINISHED
+
     def token_slice(self, start: int, stop: int) -> list[int]:
         """Token ids [start, stop) of prompt followed by output."""
         prompt = self.prompt_token_ids

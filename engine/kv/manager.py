@@ -1,0 +1,281 @@
+"""Who owns which slot, and whose tokens may be reused: sequences and prefixes over the pool's slots.
+
+Knows nothing of tensors, layers or scheduling; no torch here.
+Called by the scheduler; the storage operations it collects are taken and carried out before the next forward.
+
+A slot is held by a running sequence, or kept after its sequence ended for the prefix it holds (the least recently used
+goes first when room is needed), or free. Every full block of computed tokens is found by the hash of all tokens up to
+and including it, in a sha256 chain that begins with the sequence's salt: different salts never meet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from engine.kv.pool import CopySlot, Slot, SlotPool, StorageOp
+from engine.sequence import Sequence
+
+BLOCK_SIZE = 32  # tokens; smaller blocks reuse more of a prompt's end, larger ones hash less
+RESERVED_OUTPUT_TOKENS = 64  # room asked for beyond the prompt, so that short answers never move
+
+
+@dataclass(slots=True, eq=False)
+class _Holding:
+    """What one slot holds: the tokens computed so far, and the hashes of their full blocks."""
+
+    slot: Slot
+    last_hash: bytes
+    num_tokens: int = 0
+    hashes: list[bytes] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Match:
+    holding: _Holding
+    hashes: list[bytes]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.hashes) * BLOCK_SIZE
+
+
+class KVManager:
+    """Slots for sequences, with reuse of what other sequences already computed.
+
+    Args:
+        pool: the slots.
+        is_prefix_caching: whether computed prefixes are kept and shared.
+    """
+
+    is_chunkable = True
+
+    def __init__(self, pool: SlotPool, *, is_prefix_caching: bool) -> None:
+        self.pool = pool
+        self.is_prefix_caching = is_prefix_caching
+        self.prefix_queries_total = 0
+        self.prefix_hits_total = 0
+        self._held: dict[int, _Holding] = {}
+        self._kept: OrderedDict[Slot, _Holding] = OrderedDict()  # least recently used first
+        self._by_hash: dict[bytes, list[_Holding]] = {}
+        self._ops: list[StorageOp] = []
+
+    @property
+    def num_tokens_used(self) -> int:
+        """Token positions that hold something, of running and of kept sequences."""
+        return sum(h.num_tokens for h in self._held.values()) + sum(h.num_tokens for h in self._kept.values())
+
+    @property
+    def num_tokens_allocated(self) -> int:
+        """Token positions that storage has memory for."""
+        return self.pool.num_tokens_allocated
+
+    def can_ever_hold(self, num_tokens: int) -> bool:
+        """Whether a sequence of `num_tokens` fits when it is alone."""
+        return self.pool.can_ever_hold(num_tokens)
+
+    def slot_of(self, sequence: Sequence) -> Slot:
+        """The slot a running sequence holds."""
+        return self._held[sequence.sequence_id].slot
+
+    def take_ops(self) -> list[StorageOp]:
+        """What storage must do, in this order, before the next forward; the list is handed over."""
+        ops, self._ops = self._ops, []
+        return ops
+
+    def admit(self, sequence: Sequence) -> bool:
+        """Give a sequence a slot, with as much of its prompt as is already computed somewhere.
+
+        Sets its num_computed_tokens and num_cached_tokens. Returns False, changing nothing of others' but kept slots,
+        when there is no room.
+        """
+        match = self._match(sequence)
+        num_tokens = sequence.num_tokens + 1
+        remaining = max(0, sequence.params.max_tokens - len(sequence.output_token_ids))
+        wanted = min(sequence.num_tokens + min(remaining, RESERVED_OUTPUT_TOKENS), self.pool.capacities[-1])
+        wanted = max(wanted, min(num_tokens, self.pool.capacities[-1]))
+        if match is not None and self._can_take_over(match, wanted):
+            holding = self._take_over(match)
+        else:
+            slot = self._allocate(wanted, sparing=match.holding if match else None)
+            if slot is None and match is not None:
+                # No room beside what we wanted to copy from: continue in it when it is nobody's, else do without.
+                if match.holding.slot in self._kept and match.holding.slot.capacity >= wanted:
+                    holding = self._take_over(match)
+                    return self._begin(sequence, holding, match)
+                slot, match = self._allocate(wanted, sparing=None), None
+            if slot is None:
+                return False
+            holding = _Holding(slot, sequence.cache_salt)
+            if match is not None:
+                self._ops.append(CopySlot(match.holding.slot, slot, match.num_tokens))
+        return self._begin(sequence, holding, match)
+
+    def ensure(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Make room for `num_tokens` in a running sequence's slot, moving it if it must; False when there is none."""
+        holding = self._held[sequence.sequence_id]
+        if num_tokens <= holding.slot.capacity:
+            return True
+        slot = self._allocate(num_tokens, sparing=None)
+        if slot is None:
+            return False
+        # holding.slot is read after _allocate: trimming may have renumbered it.
+        self._ops.append(CopySlot(holding.slot, slot, holding.num_tokens))
+        self.pool.release(holding.slot)
+        holding.slot = slot
+        return True
+
+    def commit(self, sequence: Sequence) -> None:
+        """Note that the sequence's first num_computed_tokens tokens are now in its slot."""
+        holding = self._held[sequence.sequence_id]
+        holding.num_tokens = sequence.num_computed_tokens
+        if not self.is_prefix_caching:
+            return
+        start = len(holding.hashes) * BLOCK_SIZE
+        while start + BLOCK_SIZE <= holding.num_tokens:
+            block = sequence.token_slice(start, start + BLOCK_SIZE)
+            holding.last_hash = _chain(holding.last_hash, block)
+            holding.hashes.append(holding.last_hash)
+            self._by_hash.setdefault(holding.last_hash, []).append(holding)
+            start += BLOCK_SIZE
+
+    def free(self, sequence: Sequence, *, can_keep: bool) -> None:
+        """Take a sequence's slot back; `can_keep` False for rows whose KV may be wrong (NaN, a failed step)."""
+        holding = self._held.pop(sequence.sequence_id, None)
+        if holding is None:
+            return
+        if can_keep and holding.hashes:
+            self._kept[holding.slot] = holding
+        else:
+            self._forget(holding)
+            self.pool.release(holding.slot)
+
+    def give_back(self, max_kept_tokens: int) -> None:
+        """Drop the least recently used kept slots until their capacities fit `max_kept_tokens`, and free the memory."""
+        while self._kept and sum(slot.capacity for slot in self._kept) > max_kept_tokens:
+            self._evict_one(sparing=None)
+        self._trim(but=None)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError when a slot leaked, is held twice, or a hash leads nowhere."""
+        holdings = [*self._held.values(), *self._kept.values()]
+        slots = {holding.slot for holding in holdings}
+        assert len(slots) == len(holdings), "two holdings share a slot"
+        assert all(slot == holding.slot for slot, holding in self._kept.items()), "a kept slot moved unnoticed"
+        self.pool.check_integrity(slots)
+        for holding in holdings:
+            assert holding.num_tokens <= holding.slot.capacity, "a slot holds more tokens than it has room for"
+            assert len(holding.hashes) * BLOCK_SIZE <= holding.num_tokens, "a block was published before it was full"
+        found = [(key, id(holding)) for key, sharing in self._by_hash.items() for holding in sharing]
+        told = [(key, id(holding)) for holding in holdings for key in holding.hashes]
+        assert sorted(found) == sorted(told), "the prefix index and the slots disagree"
+
+    def _begin(self, sequence: Sequence, holding: _Holding, match: _Match | None) -> bool:
+        if match is not None and holding is not match.holding:
+            holding.hashes = list(match.hashes)
+            holding.last_hash = match.hashes[-1]
+            holding.num_tokens = match.num_tokens
+            for key in match.hashes:
+                self._by_hash[key].append(holding)
+        sequence.num_computed_tokens = match.num_tokens if match else 0
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+            if self.is_prefix_caching:
+                self.prefix_queries_total += len(sequence.prompt_token_ids)
+                self.prefix_hits_total += sequence.num_cached_tokens
+        self._held[sequence.sequence_id] = holding
+        return True
+
+    def _match(self, sequence: Sequence) -> _Match | None:
+        # The last token is always computed: its logits are what we want. Scoring a prompt needs every token's logits.
+        if not self.is_prefix_caching or sequence.params.num_prompt_logprobs is not None:
+            return None
+        hashes: list[bytes] = []
+        key = sequence.cache_salt
+        holding: _Holding | None = None
+        for start in range(0, sequence.num_tokens - BLOCK_SIZE, BLOCK_SIZE):
+            key = _chain(key, sequence.token_slice(start, start + BLOCK_SIZE))
+            sharing = self._by_hash.get(key)
+            if not sharing:
+                break
+            hashes.append(key)
+            # A slot nobody runs in can be continued in place, so it is the better source.
+            holding = next((h for h in reversed(sharing) if h.slot in self._kept), sharing[-1])
+        if holding is None:
+            return None
+        if holding.slot in self._kept:
+            self._kept.move_to_end(holding.slot)
+        return _Match(holding, hashes)
+
+    def _can_take_over(self, match: _Match, wanted: int) -> bool:
+        # Continuing in place spares a copy and a slot, but what lies past the match is lost to others.
+        holding = match.holding
+        is_extension = holding.num_tokens - match.num_tokens <= BLOCK_SIZE
+        return is_extension and holding.slot in self._kept and holding.slot.capacity >= wanted
+
+    def _take_over(self, match: _Match) -> _Holding:
+        holding = match.holding
+        del self._kept[holding.slot]
+        num_blocks = len(match.hashes)
+        for key in holding.hashes[num_blocks:]:
+            self._unlist(key, holding)
+        del holding.hashes[num_blocks:]
+        holding.last_hash = match.hashes[-1]
+        holding.num_tokens = match.num_tokens
+        return holding
+
+    def _allocate(self, num_tokens: int, *, sparing: _Holding | None) -> Slot | None:
+        """A slot, at the cost of kept ones if it must be: first their slots are reused, then their memory."""
+        capacity = self.pool.class_for(num_tokens)
+        if capacity is None:
+            return None
+        while True:
+            slot = self.pool.allocate(num_tokens, self._ops)
+            if slot is not None:
+                return slot
+            # When the class has all its slots, only one of its own can help; else it is memory that lacks.
+            among = capacity if self.pool.is_full(capacity) else None
+            if among is None:
+                self._trim(but=capacity)
+                slot = self.pool.allocate(num_tokens, self._ops)
+            if slot is not None or not self._evict_one(sparing=sparing, among=among):
+                return slot
+
+    def _evict_one(self, *, sparing: _Holding | None, among: int | None = None) -> bool:
+        for slot, holding in self._kept.items():
+            if holding is not sparing and among in (None, slot.capacity):
+                del self._kept[slot]
+                self._forget(holding)
+                self.pool.release(slot)
+                return True
+        return False
+
+    def _trim(self, *, but: int | None) -> None:
+        moved = self.pool.trim(self._ops, but=but)
+        if not moved:
+            return
+        for holding in self._held.values():
+            holding.slot = moved.get(holding.slot, holding.slot)
+        kept = list(self._kept.values())
+        self._kept.clear()
+        for holding in kept:
+            holding.slot = moved.get(holding.slot, holding.slot)
+            self._kept[holding.slot] = holding
+
+    def _forget(self, holding: _Holding) -> None:
+        for key in holding.hashes:
+            self._unlist(key, holding)
+        holding.hashes.clear()
+
+    def _unlist(self, key: bytes, holding: _Holding) -> None:
+        sharing = self._by_hash[key]
+        sharing.remove(holding)
+        if not sharing:
+            del self._by_hash[key]
+
+
+def _chain(previous: bytes, token_ids: list[int]) -> bytes:
+    """The key of a block: sha256 over the key before it and its token ids as 64-bit integers."""
+    return hashlib.sha256(previous + array("q", token_ids).tobytes()).digest()

@@ -1,0 +1,106 @@
+"""The tensors behind KV slots: one arena a size class and layer, resized and copied as the accounting says.
+
+Knows nothing of sequences, budgets or prefixes: kv/pool.py and kv/manager.py decide, this carries out.
+Read and written by model/attention.py during a forward; resized by model/runner.py before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from engine.kv.pool import CopySlot, ResizeArena, StorageOp
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one token of one layer takes: heads and head sizes of keys and values, as the model's own K and V arrive."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token's key and value."""
+        return self.num_kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+@dataclass(slots=True)
+class Arena:
+    """Slots of one capacity: per layer, keys [S, C, H, Dk] and values [S, C, H, Dv]."""
+
+    keys: list[torch.Tensor] = field(default_factory=list)
+    values: list[torch.Tensor] = field(default_factory=list)
+
+
+class SlotStorage:
+    """All arenas of one model.
+
+    Positions lie side by side ([S, C, H, D], not [S, H, C, D]), so that writing the tokens of a step is one indexed
+    copy of contiguous rows; attention reads a transposed view, which costs it nothing measurable.
+
+    Args:
+        shapes: one entry a layer.
+        device: where the tensors live.
+    """
+
+    def __init__(self, shapes: Iterable[LayerShape], device: torch.device) -> None:
+        self.shapes = tuple(shapes)
+        self.device = device
+        self.arenas: dict[int, Arena] = {}
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token takes over all layers."""
+        return sum(shape.bytes_per_token for shape in self.shapes)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes allocated now."""
+        return sum(
+            tensor.numel() * tensor.element_size()
+            for arena in self.arenas.values()
+            for tensor in (*arena.keys, *arena.values)
+        )
+
+    def apply(self, ops: Iterable[StorageOp]) -> None:
+        """Carry out what the accounting decided, in its order."""
+        for op in ops:
+            if isinstance(op, CopySlot):
+                self._copy(op)
+            else:
+                self._resize(op)
+
+    def clear(self) -> None:
+        """Drop every tensor."""
+        self.arenas.clear()
+
+    def _copy(self, op: CopySlot) -> None:
+        source, target = self.arenas[op.source.capacity], self.arenas[op.target.capacity]
+        length = op.num_tokens
+        for tensors, others in ((target.keys, source.keys), (target.values, source.values)):
+            for tensor, other in zip(tensors, others, strict=True):
+                tensor[op.target.index, :length].copy_(other[op.source.index, :length])
+
+    def _resize(self, op: ResizeArena) -> None:
+        if op.num_slots == 0:
+            self.arenas.pop(op.capacity, None)
+            return
+        arena = self.arenas.setdefault(op.capacity, Arena())
+        # Layer by layer, so that old and new exist twice for one layer only.
+        for layer, shape in enumerate(self.shapes):
+            for tensors, dim in ((arena.keys, shape.key_dim), (arena.values, shape.value_dim)):
+                size = (op.num_slots, op.capacity, shape.num_kv_heads, dim)
+                # Zeros: attention multiplies masked positions by a weight of 0, and 0 * NaN would be NaN.
+                new = torch.zeros(size, dtype=shape.dtype, device=self.device)
+                if layer < len(tensors):
+                    old = tensors[layer]
+                    for row, old_row in enumerate(op.keep):
+                        new[row].copy_(old[old_row])
+                    tensors[layer] = new
+                else:
+                    tensors.append(new)

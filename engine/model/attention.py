@@ -1,0 +1,268 @@
+"""Attention over a flat batch: the function that the flat lane registers with transformers.
+
+Knows nothing of scheduling or models; sees one layer's Q, K and V and the step's layout.
+Called by transformers' attention modules inside a forward that model/runner.py runs under `flat_step`.
+
+All tokens of a step lie in one row [1, H, T, D]. Their K and V go to their slots; then the single-token rows of each
+arena are attended to together and every longer run by itself. The query heads that share a KV head are packed as extra
+query rows (decode) or get the KV head with a stride of 0 (chunks): K and V are never repeated in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from engine.kv.slots import LayerShape, SlotStorage
+from engine.model.inputs import Chunk, DecodeGroup, FlatInputs
+
+NAME = "flat_slots"  # what config._attn_implementation holds while the flat lane drives the model
+
+# What a model may hand to attention beyond these would change its result, and is refused: the model is not for this lane.
+_HARMLESS = frozenset({
+    "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
+    "is_causal", "output_router_logits", "logits_to_keep", "layer_idx", "past_key_values", "position_embeddings",
+    "seq_idx", "token_type_ids", "inputs_embeds", "input_ids",
+})  # fmt: skip
+
+
+class NotFlat(Exception):
+    """This model's attention asks for something that the flat lane cannot give exactly."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """What one attention call asked for beside Q, K and V."""
+
+    scaling: float
+    window: int | None  # keys further back than this are not seen; the query itself counts
+    softcap: float | None
+    sinks: torch.Tensor | None  # [H]
+
+
+@dataclass(slots=True)
+class FlatStep:
+    """The step that is being computed; one layer after the other asks for attention."""
+
+    inputs: FlatInputs
+    storage: SlotStorage
+    num_calls: int = 0
+
+
+@dataclass(slots=True)
+class Recording:
+    """What a probing forward saw: one entry an attention call."""
+
+    shapes: list[LayerShape] = field(default_factory=list)
+    windows: list[int | None] = field(default_factory=list)
+
+
+_current: FlatStep | Recording | None = None
+
+
+@contextmanager
+def flat_step(step: FlatStep | Recording) -> Iterator[None]:
+    """Make `step` the one that attention calls refer to; some families drop keyword arguments on the way there."""
+    global _current  # noqa: PLW0603  the one module state of the engine, set and restored here alone
+    previous, _current = _current, step
+    try:
+        yield
+    finally:
+        _current = previous
+
+
+def flat_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer over the step's tokens and everything their sequences computed before.
+
+    Args:
+        module: the model's attention module; only its `is_causal` is read.
+        query: [1, H, T, Dk]; key: [1, Hkv, T, Dk]; value: [1, Hkv, T, Dv], positions already encoded.
+        attention_mask: must be None: no mask function is registered under our name.
+        scaling: factor on the scores; None for Dk ** -0.5.
+        sliding_window: keys seen, the query's own included; None for all.
+        softcap: scores become softcap * tanh(scores / softcap).
+        s_aux: [H] sink logits, a column of the softmax that has no value.
+
+    Returns:
+        [1, T, H, Dv] and None (no weights). The storage of the step gains this layer's K and V.
+
+    Raises:
+        NotFlat: the model asks for what this lane cannot honour.
+    """
+    step = _current
+    if step is None:
+        raise NotFlat("attention was called outside a step")
+    _refuse_unknown(module, attention_mask, key, kwargs)
+    call = AttentionCall(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
+    if isinstance(step, Recording):
+        step.shapes.append(LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype))
+        step.windows.append(sliding_window)
+        return _whole(query, key, value, call), None
+    layer = step.num_calls
+    step.num_calls += 1
+    num_tokens, num_heads = query.shape[2], query.shape[1]
+    keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)  # [T, Hkv, D]
+    inputs = step.inputs
+    if len(inputs.groups) == 1 and not inputs.chunks:
+        return _attend_group(inputs.groups[0], layer, query, keys, values, call), None
+    output = query.new_empty((1, num_tokens, num_heads, value.shape[3]))
+    for group in inputs.groups:
+        part = slice(group.first, group.last)
+        output[:, part] = _attend_group(group, layer, query[:, :, part], keys[part], values[part], call)
+    for chunk in inputs.chunks:
+        part = slice(chunk.first, chunk.last)
+        output[:, part] = _attend_chunk(chunk, layer, query[:, :, part], keys[part], values[part], call)
+    return output, None
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, call: AttentionCall
+) -> torch.Tensor:
+    """Attention of [B, H, Tq, Dk] over [B, H, L, Dk] and [B, H, L, Dv]; the mask is bool, true where a key is seen.
+
+    Softcap and sinks have no fused kernel here; the plain form below serves them. Both are float32 inside.
+    """
+    if call.softcap is None and call.sinks is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=call.scaling)
+    return attend_plain(query, key, value, mask, call)
+
+
+def attend_plain(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, call: AttentionCall
+) -> torch.Tensor:
+    """The plain twin of `attend`, step by step as transformers' eager attention does it; sinks are [.., .., Tq or 1, 1]."""
+    scores = torch.matmul(query, key.transpose(-1, -2)) * call.scaling
+    if call.softcap is not None:
+        scores = torch.tanh(scores / call.softcap) * call.softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if call.sinks is None:
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
+    else:
+        sinks = call.sinks.expand(*scores.shape[:-1], 1)
+        weights = torch.softmax(torch.cat([scores, sinks.to(scores.dtype)], dim=-1), dim=-1, dtype=torch.float32)
+        weights = weights[..., :-1]
+    return torch.matmul(weights.to(value.dtype), value)
+
+
+def _refuse_unknown(
+    module: torch.nn.Module, attention_mask: torch.Tensor | None, key: torch.Tensor, kwargs: dict[str, Any]
+) -> None:
+    if attention_mask is not None:
+        raise NotFlat("the model makes an attention mask of its own")
+    if key.shape[0] != 1:
+        raise NotFlat(f"keys arrived with a batch of {key.shape[0]}, not flat")
+    for name, value in kwargs.items():
+        if value is not None and value is not False and name not in _HARMLESS:
+            raise NotFlat(f"attention is given {name!r}, which this lane does not know")
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise NotFlat("attention is not causal")
+
+
+def _attend_group(
+    group: DecodeGroup,
+    layer: int,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    call: AttentionCall,
+) -> torch.Tensor:
+    """Single-token rows of one arena: query [1, H, B, Dk] -> [1, B, H, Dv]."""
+    cached_keys, cached_values = group.arena.keys[layer], group.arena.values[layer]  # [S, C, Hkv, D]
+    cached_keys.flatten(0, 1).index_copy_(0, group.write_index, keys)
+    cached_values.flatten(0, 1).index_copy_(0, group.write_index, values)
+    num_rows, num_kv_heads = keys.shape[0], keys.shape[1]
+    # [B, Hkv, G, Dk]: the heads that share a KV head are query rows of it
+    packed = query[0].transpose(0, 1).reshape(num_rows, num_kv_heads, -1, query.shape[3])
+    if call.sinks is not None:
+        call = AttentionCall(call.scaling, call.window, call.softcap, call.sinks.view(1, num_kv_heads, -1, 1))
+    if group.is_padded:
+        length = group.max_length
+        if group.rows is not None:
+            whole = packed.new_zeros((group.num_slots, *packed.shape[1:]))
+            whole[group.rows] = packed
+            packed = whole
+        out = attend(
+            packed,
+            cached_keys[: group.num_slots, :length].transpose(1, 2),
+            cached_values[: group.num_slots, :length].transpose(1, 2),
+            group.mask(call.window),
+            call,
+        )
+        if group.rows is not None:
+            out = out[group.rows]
+    else:
+        parts = []
+        for row, (slot, length) in enumerate(zip(group.slots, group.lengths, strict=True)):
+            start = 0 if call.window is None else max(0, length - call.window)
+            row_keys = cached_keys[slot : slot + 1, start:length].transpose(1, 2)
+            row_values = cached_values[slot : slot + 1, start:length].transpose(1, 2)
+            parts.append(attend(packed[row : row + 1], row_keys, row_values, None, call))
+        out = torch.cat(parts)
+    return out.reshape(1, num_rows, -1, values.shape[2])
+
+
+def _attend_chunk(
+    chunk: Chunk, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, call: AttentionCall
+) -> torch.Tensor:
+    """A run of one sequence's tokens: query [1, H, Tq, Dk] -> [1, Tq, H, Dv]."""
+    cached_keys, cached_values = chunk.arena.keys[layer][chunk.slot], chunk.arena.values[layer][chunk.slot]
+    cached_keys[chunk.start : chunk.length] = keys
+    cached_values[chunk.start : chunk.length] = values
+    if chunk.start == 0:
+        seen_keys, seen_values = keys, values
+    else:
+        seen_keys, seen_values = cached_keys[: chunk.length], cached_values[: chunk.length]
+    return _causal(query, seen_keys, seen_values, chunk.mask(call.window), call)
+
+
+def _causal(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, call: AttentionCall
+) -> torch.Tensor:
+    """[1, H, Tq, Dk] over [L, Hkv, D] -> [1, Tq, H, Dv]; mask None means plain causal, and Tq = L."""
+    num_queries, num_kv_heads = query.shape[2], keys.shape[1]
+    num_groups = query.shape[1] // num_kv_heads
+    # KV heads are the batch here and their query heads the heads, so that K and V serve all of them with a stride of 0.
+    heads = query[0].unflatten(0, (num_kv_heads, num_groups))  # [Hkv, G, Tq, Dk]
+    key = keys.transpose(0, 1).unsqueeze(1).expand(-1, num_groups, -1, -1)
+    value = values.transpose(0, 1).unsqueeze(1).expand(-1, num_groups, -1, -1)
+    if call.softcap is None and call.sinks is None:
+        out = F.scaled_dot_product_attention(
+            heads, key, value, attn_mask=mask, is_causal=mask is None, scale=call.scaling
+        )
+    else:
+        if mask is None:
+            mask = torch.ones(num_queries, num_queries, dtype=torch.bool, device=query.device).tril()
+        if call.sinks is not None:
+            sinks = call.sinks.view(num_kv_heads, num_groups, 1, 1)
+            call = AttentionCall(call.scaling, call.window, call.softcap, sinks)
+        out = attend_plain(heads, key, value, mask, call)
+    return out.flatten(0, 1).transpose(0, 1).unsqueeze(0)
+
+
+def _whole(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+    """One sequence from its first token on, with no storage: what a probing forward computes."""
+    length = query.shape[2]
+    keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    mask = None
+    if call.window is not None and length > call.window:
+        positions = torch.arange(length, device=query.device)
+        mask = (positions[None] <= positions[:, None]) & (positions[None] > positions[:, None] - call.window)
+    return _causal(query, keys, values, mask, call)

@@ -1,0 +1,179 @@
+"""From a scheduled batch to the tensors of one flat forward: ids, positions, and where each token's KV goes.
+
+Knows nothing of models or of how attention is computed.
+Called by model/runner.py once per step; model/attention.py reads the result once per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from engine.kv.pool import Slot
+from engine.kv.slots import Arena, SlotStorage
+from engine.scheduler import Batch, ScheduledSequence
+from engine.sequence import Sequence
+
+MAX_PADDING = 1.3  # padded work over real work up to which one call for all rows beats one call a row
+
+
+@dataclass(slots=True)
+class DecodeGroup:
+    """Single-token rows of one arena: flat tokens [first, last), in the order of their slots.
+
+    `num_slots` rows of the arena are read as one view when `is_padded`; then `rows` says which of them are ours (None
+    when it is all of them, in order). Masks are made once a step and window.
+    """
+
+    arena: Arena
+    capacity: int
+    first: int
+    last: int
+    slots: list[int]
+    lengths: list[int]  # keys of each row, its own included
+    write_index: torch.Tensor  # int64 [B], slot * capacity + position
+    is_padded: bool
+    num_slots: int
+    max_length: int
+    rows: torch.Tensor | None  # int64 [B]
+    lengths_tensor: torch.Tensor  # int64 [num_slots], 1 where the row is not ours
+    masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+
+    def mask(self, window: int | None) -> torch.Tensor | None:
+        """Bool [S, 1, 1, L], true where a key may be seen; None when every row sees every key."""
+        if window not in self.masks:
+            self.masks[window] = self._make_mask(window)
+        return self.masks[window]
+
+    def _make_mask(self, window: int | None) -> torch.Tensor | None:
+        is_alike = self.rows is None and min(self.lengths) == self.max_length
+        if is_alike and (window is None or self.max_length <= window):
+            return None
+        lengths = self.lengths_tensor[:, None]
+        key_positions = torch.arange(self.max_length, device=lengths.device)[None]
+        mask = key_positions < lengths
+        if window is not None:
+            mask &= key_positions >= lengths - window
+        return mask[:, None, None, :]
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Several tokens of one sequence: flat tokens [first, last), at positions [start, start + last - first)."""
+
+    arena: Arena
+    slot: int
+    first: int
+    last: int
+    start: int
+    device: torch.device
+    masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """Keys that the last token sees, its own included."""
+        return self.start + self.last - self.first
+
+    def mask(self, window: int | None) -> torch.Tensor | None:
+        """Bool [Tq, L], true where a key may be seen; None for plain causal from position 0."""
+        if window not in self.masks:
+            self.masks[window] = self._make_mask(window)
+        return self.masks[window]
+
+    def _make_mask(self, window: int | None) -> torch.Tensor | None:
+        if self.start == 0 and (window is None or self.length <= window):
+            return None
+        queries = torch.arange(self.start, self.length, device=self.device)[:, None]
+        keys = torch.arange(self.length, device=self.device)[None]
+        mask = keys <= queries
+        if window is not None:
+            mask &= keys > queries - window
+        return mask
+
+
+@dataclass(frozen=True, slots=True)
+class FlatInputs:
+    """The tensors of one flat step; `items` are the batch's, in the order of their tokens."""
+
+    items: tuple[ScheduledSequence, ...]
+    input_ids: torch.Tensor  # int64 [1, T]
+    position_ids: torch.Tensor  # int64 [1, T]
+    logit_rows: torch.Tensor  # int64 [R], the tokens whose logits are wanted
+    groups: tuple[DecodeGroup, ...]
+    chunks: tuple[Chunk, ...]
+
+
+def build_inputs(
+    batch: Batch, slot_of: Callable[[Sequence], Slot], storage: SlotStorage, device: torch.device
+) -> FlatInputs:
+    """Lay a batch out flat: single tokens first, by arena and slot, then longer runs."""
+    singles = [item for item in batch.items if item.num_tokens == 1]
+    runs = [item for item in batch.items if item.num_tokens > 1]
+    slots = {item.sequence.sequence_id: slot_of(item.sequence) for item in batch.items}
+    singles.sort(key=lambda item: (slots[item.sequence.sequence_id].capacity, slots[item.sequence.sequence_id].index))
+    items = (*singles, *runs)
+    token_ids: list[int] = []
+    positions: list[int] = []
+    logit_rows: list[int] = []
+    chunks: list[Chunk] = []
+    for item in items:
+        first, stop = len(token_ids), item.start + item.num_tokens
+        token_ids.extend(item.sequence.token_slice(item.start, stop))
+        positions.extend(range(item.start, stop))
+        last = len(token_ids)
+        logit_rows.extend(range(last - item.num_logits, last))
+        if item.num_tokens > 1:
+            slot = slots[item.sequence.sequence_id]
+            chunks.append(Chunk(storage.arenas[slot.capacity], slot.index, first, last, item.start, device))
+    return FlatInputs(
+        items=items,
+        input_ids=torch.tensor([token_ids], dtype=torch.int64, device=device),
+        position_ids=torch.tensor([positions], dtype=torch.int64, device=device),
+        logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
+        groups=_decode_groups(singles, slots, storage, device),
+        chunks=tuple(chunks),
+    )
+
+
+def _decode_groups(
+    singles: list[ScheduledSequence], slots: dict[int, Slot], storage: SlotStorage, device: torch.device
+) -> tuple[DecodeGroup, ...]:
+    groups = []
+    first = 0
+    while first < len(singles):
+        capacity = slots[singles[first].sequence.sequence_id].capacity
+        last = first
+        indices: list[int] = []
+        lengths: list[int] = []
+        while last < len(singles) and slots[singles[last].sequence.sequence_id].capacity == capacity:
+            indices.append(slots[singles[last].sequence.sequence_id].index)
+            lengths.append(singles[last].start + 1)
+            last += 1
+        num_slots, max_length = indices[-1] + 1, max(lengths)
+        is_padded = num_slots * max_length <= MAX_PADDING * sum(lengths)
+        all_lengths = [1] * num_slots
+        for index, length in zip(indices, lengths, strict=True):
+            all_lengths[index] = length
+        groups.append(
+            DecodeGroup(
+                arena=storage.arenas[capacity],
+                capacity=capacity,
+                first=first,
+                last=last,
+                slots=indices,
+                lengths=lengths,
+                write_index=torch.tensor(
+                    [index * capacity + length - 1 for index, length in zip(indices, lengths, strict=True)],
+                    device=device,
+                ),
+                is_padded=is_padded,
+                num_slots=num_slots,
+                max_length=max_length,
+                rows=None if num_slots == len(indices) else torch.tensor(indices, device=device),
+                lengths_tensor=torch.tensor(all_lengths, device=device),
+            )
+        )
+        first = last
+    return tuple(groups)

@@ -1,0 +1,146 @@
+"""From a model's name to its weights on the device: the real loading, with transformers' own code.
+
+Knows nothing of lanes, batches, flags or text.
+Called by model_manager on the engine thread, which reports progress and turns failures into a clear exit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+import transformers
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, float | None], None]  # what is being done, and the share done (0 to 1) where it is known
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class LoadError(Exception):
+    """The model cannot be loaded as asked; the message is one line for the operator."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRequest:
+    """What to load and how.
+
+    Args:
+        name: hub id or local directory.
+        model_type: a class of transformers, or a dotted path.
+        dtype: bfloat16, float16, float32, or auto for the checkpoint's own.
+        device: "cpu", "cuda", "mps".
+        revision: hub revision; None for the default.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+    """
+
+    name: str
+    model_type: str = "AutoModelForCausalLM"
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model on its device, in eval mode, and what it says of itself."""
+
+    model: Any
+    device: torch.device
+    dtype: torch.dtype
+    num_parameters: int
+    max_positions: int | None
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+
+    @property
+    def architecture(self) -> str:
+        """The model's class name, such as LlamaForCausalLM."""
+        return type(self.model).__name__
+
+
+def load_model(request: LoadRequest, progress: Progress) -> LoadedModel:
+    """Load a checkpoint's safetensors onto the device.
+
+    Raises:
+        LoadError: the class, the checkpoint or the dtype do not go together; one line says why.
+    """
+    model_class = _resolve(request.model_type)
+    dtype: torch.dtype | str = "auto" if request.dtype == "auto" else DTYPES[request.dtype]
+    progress(f"loading the weights of {request.name}", None)
+    try:
+        model = model_class.from_pretrained(
+            request.name,
+            dtype=dtype,
+            revision=request.revision,
+            trust_remote_code=request.trust_remote_code,
+            use_safetensors=True,  # pickled weights can run code
+        )
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise LoadError(f"{request.name} cannot be loaded: {_first_line(error)}") from error
+    progress(f"moving {request.name} to {request.device}", None)
+    model.to(torch.device(request.device))
+    return describe(model)
+
+
+def describe(model: Any) -> LoadedModel:
+    """Put a model in eval mode and read what the engine needs from its config."""
+    model.eval()
+    model.requires_grad_(False)
+    text = model.config.get_text_config(decoder=True)
+    # The embedding has the padded size; the config's vocab_size may be smaller, and logits follow the embedding.
+    embeddings = model.get_output_embeddings() or model.get_input_embeddings()
+    vocab_size = embeddings.weight.shape[0] if hasattr(embeddings, "weight") else text.vocab_size
+    parameter = next(model.parameters())
+    return LoadedModel(
+        model=model,
+        device=parameter.device,
+        dtype=model.dtype,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        max_positions=_max_positions(text),
+        vocab_size=int(vocab_size),
+        eos_token_ids=_eos_token_ids(model),
+    )
+
+
+def _resolve(name: str) -> Any:
+    if "." in name:
+        module, _, attribute = name.rpartition(".")
+        try:
+            return getattr(import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise LoadError(f"--model-type {name}: {_first_line(error)}") from error
+    found = getattr(transformers, name, None)
+    if found is None or not hasattr(found, "from_pretrained"):
+        raise LoadError(f"--model-type {name}: transformers has no model class of that name")
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _max_positions(text_config: Any) -> int | None:
+    """The longest context the config admits to; None when the architecture has no bound (recurrent models)."""
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"):
+        value = getattr(text_config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def _eos_token_ids(model: Any) -> frozenset[int]:
+    """EOS of the generation config, which is what generate() stops at; of the config where there is none."""
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if eos is None:
+        eos = getattr(model.config, "eos_token_id", None)
+    if eos is None:
+        return frozenset()
+    return frozenset([eos] if isinstance(eos, int) else eos)

@@ -1,0 +1,206 @@
+"""One forward for one batch, by either lane: the logits that the batch asked for.
+
+Knows nothing of scheduling policy, sampling or text.
+Called by engine.py once a step; which runner a model gets is decided by model/selfcheck.py.
+
+    FlatRunner   all tokens of the step in one row, our attention over slots (model/attention.py)
+    SoloRunner   one sequence after the other, with whatever cache the model makes for itself, as generate() does
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from engine.kv.pool import Slot, StorageOp
+from engine.kv.slots import SlotStorage
+from engine.model.attention import FlatStep, flat_step
+from engine.model.inputs import FlatInputs, build_inputs
+from engine.scheduler import Batch, ScheduledSequence
+from engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class StepLogits:
+    """Logits [R, V] of a step: for each item, in this order, its `num_logits` rows."""
+
+    items: tuple[ScheduledSequence, ...]
+    logits: torch.Tensor
+
+
+class Runner(Protocol):
+    """What engine.py asks of a lane."""
+
+    name: str
+
+    def apply(self, ops: list[StorageOp]) -> None: ...
+    def forward(self, batch: Batch) -> StepLogits: ...
+    def forget(self, sequence: Sequence) -> None: ...
+    def reset(self) -> None: ...
+
+
+def accepts(model: torch.nn.Module, name: str) -> bool:
+    """Whether the model's forward has a parameter of that name."""
+    return name in inspect.signature(model.forward).parameters
+
+
+class FlatRunner:
+    """Runs every token of a step in one forward, KV in slots.
+
+    Args:
+        model: a causal LM whose attention implementation is set to model/attention.py's.
+        storage: the slots' tensors.
+        slot_of: which slot a running sequence holds.
+        device: where inputs go.
+    """
+
+    name = "flat"
+
+    def __init__(
+        self, model: Any, storage: SlotStorage, slot_of: Callable[[Sequence], Slot], device: torch.device
+    ) -> None:
+        self.model = model
+        self.storage = storage
+        self.slot_of = slot_of
+        self.device = device
+        self._keeps_rows = accepts(model, "logits_to_keep")
+
+    def apply(self, ops: list[StorageOp]) -> None:
+        """Resize and copy storage as the accounting decided."""
+        self.storage.apply(ops)
+
+    def forward(self, batch: Batch) -> StepLogits:
+        """Compute a batch; the slots of its sequences gain its tokens' K and V.
+
+        Returns:
+            Logits [R, V] in the model's dtype.
+        """
+        inputs = build_inputs(batch, self.slot_of, self.storage, self.device)
+        return StepLogits(inputs.items, self.run(inputs))
+
+    def run(self, inputs: FlatInputs) -> torch.Tensor:
+        """The model over flat inputs; logits [R, V]."""
+        kwargs: dict[str, Any] = {"logits_to_keep": inputs.logit_rows} if self._keeps_rows else {}
+        step = FlatStep(inputs, self.storage)
+        with flat_step(step):
+            output = self.model(
+                input_ids=inputs.input_ids, position_ids=inputs.position_ids, use_cache=False, **kwargs
+            )
+        logits: torch.Tensor = output.logits[0]
+        return logits if self._keeps_rows else logits[inputs.logit_rows]
+
+    def forget(self, sequence: Sequence) -> None:
+        """Nothing: what a sequence owns is its slot, and the accounting takes that back."""
+
+    def reset(self) -> None:
+        """Drop all storage."""
+        self.storage.clear()
+
+
+@dataclass(slots=True)
+class _SoloState:
+    """What generate() keeps between two tokens of one sequence."""
+
+    token_ids: torch.Tensor  # int64 [1, T], all that was fed
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+class SoloRunner:
+    """Runs sequences one after the other, exactly as generate() steps them; right for every architecture.
+
+    Args:
+        model: anything with transformers' GenerationMixin.
+        device: where inputs go.
+    """
+
+    name = "solo"
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self.model = model
+        self.device = device
+        self._states: dict[int, _SoloState] = {}
+        self._keeps_rows = accepts(model, "logits_to_keep")
+
+    def apply(self, ops: list[StorageOp]) -> None:
+        """Nothing: the model's cache grows by itself."""
+
+    def forward(self, batch: Batch) -> StepLogits:
+        """Compute a batch, item by item.
+
+        Returns:
+            Logits [R, V] in the model's dtype.
+        """
+        return StepLogits(batch.items, torch.cat([self._advance(item) for item in batch.items]))
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop a sequence's cache."""
+        self._states.pop(sequence.sequence_id, None)
+
+    def reset(self) -> None:
+        """Drop every cache."""
+        self._states.clear()
+
+    def state_bytes(self, sequence_id: int) -> int:
+        """Bytes of the tensors that a sequence's cache holds."""
+        return _tensor_bytes(self._states[sequence_id].model_kwargs, set())
+
+    def _advance(self, item: ScheduledSequence) -> torch.Tensor:
+        """The item's tokens through the model; logits [num_logits, V]."""
+        sequence = item.sequence
+        new_ids = torch.tensor(
+            [sequence.token_slice(item.start, item.start + item.num_tokens)], dtype=torch.int64, device=self.device
+        )
+        if item.start == 0:
+            state = self._begin(new_ids)
+            self._states[sequence.sequence_id] = state
+            if self._keeps_rows:
+                state.model_kwargs["logits_to_keep"] = item.num_logits
+            inputs = self.model.prepare_inputs_for_generation(new_ids, is_first_iteration=True, **state.model_kwargs)
+        else:
+            state = self._states[sequence.sequence_id]
+            state.token_ids = torch.cat([state.token_ids, new_ids], dim=1)
+            if self._keeps_rows:
+                state.model_kwargs["logits_to_keep"] = item.num_logits
+            length = 1 if state.model_kwargs.get("use_cache") else None
+            inputs = self.model.prepare_inputs_for_generation(
+                state.token_ids, next_sequence_length=length, **state.model_kwargs
+            )
+        output = self.model(**inputs, return_dict=True)
+        state.model_kwargs = self.model._update_model_kwargs_for_generation(
+            output, state.model_kwargs, is_encoder_decoder=False
+        )
+        logits: torch.Tensor = output.logits[0, -item.num_logits :]
+        return logits
+
+    def _begin(self, token_ids: torch.Tensor) -> _SoloState:
+        """Let generate() prepare a sequence as it would (cache, masks, positions), and take over before its loop."""
+        prepared = _SoloState(token_ids)
+
+        def take_over(_model: Any, _input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            for name in ("logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer"):
+                kwargs.pop(name, None)
+            prepared.model_kwargs = kwargs
+            return _input_ids
+
+        self.model.generate(token_ids, custom_generate=take_over, do_sample=False, num_beams=1, max_new_tokens=1)
+        return prepared
+
+
+def _tensor_bytes(value: Any, seen: set[int]) -> int:
+    """Bytes of all tensors reachable through containers and cache objects."""
+    if id(value) in seen:
+        return 0
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(_tensor_bytes(entry, seen) for entry in value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(_tensor_bytes(entry, seen) for entry in value)
+    if hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)):
+        return sum(_tensor_bytes(entry, seen) for entry in vars(value).values())
+    return 0

@@ -1,0 +1,266 @@
+"""What the next step computes: which sequences, which of their tokens, within one token budget.
+
+Knows nothing of tensors, models or sampling; no torch here.
+Driven by engine.py: schedule() before a forward, commit() after it.
+
+There is no prefill phase and no decode phase. Every sequence has num_computed_tokens, which chases its num_tokens; a step
+schedules some of the difference. One token left to compute is what others call decode, many are prefill, and a prompt
+cut over several steps, a reused prefix or a preempted sequence that recomputes need no further idea.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.config import EngineConfig
+from engine.errors import ContextLengthExceeded, QueueTimeout
+from engine.kv.pool import StorageOp
+from engine.pacing import Pacing
+from engine.sequence import FinishReason, Sequence, SequenceOutput, SequenceState, TokenLogprobs
+
+AGEING_S = 5.0  # a sequence that has waited this long counts as one priority step more urgent
+
+
+class KVAccounting(Protocol):
+    """What the scheduler asks of KV memory; kv/manager.py (slots) and kv/states.py (models' own caches) answer."""
+
+    is_chunkable: bool
+    prefix_queries_total: int
+    prefix_hits_total: int
+
+    @property
+    def num_tokens_used(self) -> int: ...
+    @property
+    def num_tokens_allocated(self) -> int: ...
+    def can_ever_hold(self, num_tokens: int) -> bool: ...
+    def admit(self, sequence: Sequence) -> bool: ...
+    def ensure(self, sequence: Sequence, num_tokens: int) -> bool: ...
+    def commit(self, sequence: Sequence) -> None: ...
+    def free(self, sequence: Sequence, *, can_keep: bool) -> None: ...
+    def take_ops(self) -> list[StorageOp]: ...
+    def give_back(self, max_kept_tokens: int) -> None: ...
+    def check_integrity(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """Tokens [start, start + num_tokens) of one sequence; `num_logits` of the last of them want logits."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    num_logits: int
+
+    @property
+    def is_sampling(self) -> bool:
+        """Whether this step computes the sequence's last known token, so that the next one can be chosen."""
+        return self.start + self.num_tokens == self.sequence.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's work; `preempted` had to go to make room, and recompute when they are admitted again."""
+
+    items: tuple[ScheduledSequence, ...]
+    preempted: tuple[Sequence, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in this step."""
+        return sum(item.num_tokens for item in self.items)
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What sampling decided for one sequence of the batch."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
+class Scheduler:
+    """First come, first served within a priority, under a token budget and a KV budget.
+
+    Args:
+        config: limits.
+        kv: the accounting of KV memory.
+        pacing: bounds the prompt tokens of a step while others stream.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self, config: EngineConfig, kv: KVAccounting, pacing: Pacing, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.config = config
+        self.kv = kv
+        self.pacing = pacing
+        self.clock = clock
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []  # in order of admission
+        self.preemptions_total = 0
+        self._preempted: list[Sequence] = []
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence.
+
+        Raises:
+            ContextLengthExceeded: it can never fit, whatever else runs.
+        """
+        num_prompt = len(sequence.prompt_token_ids)
+        if num_prompt >= self.config.max_model_len and sequence.params.max_tokens > 0:
+            raise ContextLengthExceeded(
+                f"the prompt has {num_prompt} tokens, and this model's context holds {self.config.max_model_len} "
+                "tokens, prompt and output together",
+                param="prompt",
+            )
+        num_needed = min(num_prompt + max(1, sequence.params.max_tokens), self.config.max_model_len)
+        if not self.kv.can_ever_hold(num_needed):
+            raise ContextLengthExceeded(
+                f"the prompt's {num_prompt} tokens and max_tokens {sequence.params.max_tokens} need KV memory for "
+                f"{num_needed} tokens, which is more than --kv-cache-memory gives this server",
+                param="max_tokens",
+            )
+        self.waiting.append(sequence)
+
+    def abort(self, sequence_id: int) -> Sequence | None:
+        """Forget a sequence wherever it stands; None when it is not here."""
+        for queue in (self.waiting, self.running):
+            for sequence in queue:
+                if sequence.sequence_id == sequence_id:
+                    self.finish(sequence, can_keep=True)
+                    return sequence
+        return None
+
+    def finish(self, sequence: Sequence, *, can_keep: bool) -> None:
+        """Take a sequence out; `can_keep` False when its KV may be wrong."""
+        queue = self.waiting if sequence.state is SequenceState.WAITING else self.running
+        queue.remove(sequence)
+        sequence.state = SequenceState.FINISHED
+        self.kv.free(sequence, can_keep=can_keep)
+
+    def expire(self) -> list[SequenceOutput]:
+        """Answer those that waited past their deadline."""
+        now = self.clock()
+        late = [s for s in self.waiting if s.deadline_s is not None and now > s.deadline_s and not s.num_preemptions]
+        outputs = []
+        for sequence in late:
+            self.finish(sequence, can_keep=True)
+            waited = now - sequence.arrival_time_s
+            error = QueueTimeout(f"the request waited {waited:.1f} s for a place and none came free", retry_after_s=1.0)
+            outputs.append(SequenceOutput(sequence.sequence_id, error=error))
+        return outputs
+
+    def schedule(self) -> Batch:
+        """Choose the next step's tokens, admitting and preempting as memory allows."""
+        self._preempted.clear()
+        budget = self.config.max_batch_tokens
+        items: list[ScheduledSequence] = []
+        # Streams first: each has one token to compute, and their pace is what people see.
+        streams = [s for s in self.running if s.num_tokens - s.num_computed_tokens == 1]
+        for sequence in streams:
+            if budget > 0 and sequence.state is SequenceState.RUNNING and self._make_room(sequence):
+                items.append(ScheduledSequence(sequence, sequence.num_computed_tokens, 1, 1))
+                budget -= 1
+        items = [item for item in items if item.sequence.state is SequenceState.RUNNING]
+        prompt_budget = self.pacing.prompt_tokens(budget, num_streams=len(items))
+        in_step = {id(item.sequence) for item in items}
+        for sequence in [s for s in self.running if id(s) not in in_step and s not in streams]:
+            if prompt_budget <= 0:
+                break
+            if sequence.state is SequenceState.RUNNING and self._make_room(sequence):
+                prompt_budget -= self._append(items, sequence, prompt_budget)
+        items = [item for item in items if item.sequence.state is SequenceState.RUNNING]
+        self._admit(items, prompt_budget)
+        return Batch(tuple(items), tuple(self._preempted))
+
+    def commit(self, batch: Batch, chosen: dict[int, Chosen]) -> list[SequenceOutput]:
+        """Note a finished forward and its chosen tokens (by sequence id); returns what each sequence gained."""
+        outputs = []
+        for item in batch.items:
+            sequence = item.sequence
+            is_sampling = item.is_sampling
+            sequence.num_computed_tokens = item.start + item.num_tokens
+            self.kv.commit(sequence)
+            if is_sampling:
+                outputs.append(self._output(sequence, chosen.get(sequence.sequence_id)))
+        return outputs
+
+    def _admit(self, items: list[ScheduledSequence], prompt_budget: int) -> None:
+        if not self.waiting:
+            return
+        now = self.clock()
+        self.waiting.sort(key=lambda s: (s.priority - int((now - s.arrival_time_s) / AGEING_S), s.arrival_time_s))
+        while self.waiting and prompt_budget > 0 and len(self.running) < self.config.max_num_seqs:
+            sequence = self.waiting[0]
+            if not self.kv.admit(sequence):
+                # Strictly in order: letting small ones pass would starve the large.
+                return
+            self.waiting.pop(0)
+            sequence.state = SequenceState.RUNNING
+            if sequence.scheduled_time_s is None:
+                sequence.scheduled_time_s = now
+            self.running.append(sequence)
+            prompt_budget -= self._append(items, sequence, prompt_budget)
+
+    def _append(self, items: list[ScheduledSequence], sequence: Sequence, budget: int) -> int:
+        left = sequence.num_tokens - sequence.num_computed_tokens
+        num_tokens = min(left, budget) if self.kv.is_chunkable else left
+        start = sequence.num_computed_tokens
+        if sequence.params.num_prompt_logprobs is not None and not sequence.output_token_ids:
+            num_logits = num_tokens
+        else:
+            num_logits = int(num_tokens == left)
+        items.append(ScheduledSequence(sequence, start, num_tokens, num_logits))
+        return num_tokens
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """KV room for all of a running sequence's tokens, at the cost of the youngest; False when it had to go itself."""
+        while not self.kv.ensure(sequence, sequence.num_tokens):
+            youngest = max(self.running, key=lambda s: (s.priority, s.arrival_time_s))
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.kv.free(sequence, can_keep=True)
+        sequence.state = SequenceState.WAITING
+        sequence.num_computed_tokens = 0
+        sequence.num_preemptions += 1
+        sequence.prompt_logprobs.clear()
+        self.preemptions_total += 1
+        self._preempted.append(sequence)
+        self.waiting.append(sequence)
+
+    def _output(self, sequence: Sequence, chosen: Chosen | None) -> SequenceOutput:
+        """Append the chosen token and say whether the sequence ends; `chosen` is None when only the prompt was scored."""
+        finish_reason: FinishReason | None = None
+        stop_token_id: int | None = None
+        params = sequence.params
+        if chosen is not None:
+            token_id = chosen.token_id
+            sequence.output_token_ids.append(token_id)
+            is_eos = token_id in self.config.eos_token_ids and not params.ignore_eos
+            if (is_eos or token_id in params.stop_token_ids) and len(sequence.output_token_ids) >= params.min_tokens:
+                finish_reason, stop_token_id = "stop", token_id
+        has_all = len(sequence.output_token_ids) >= params.max_tokens
+        if finish_reason is None and (has_all or sequence.num_tokens >= self.config.max_model_len):
+            finish_reason = "length"
+        is_first = len(sequence.output_token_ids) <= 1
+        if finish_reason is not None:
+            self.finish(sequence, can_keep=True)
+        with_prompt = is_first and params.num_prompt_logprobs is not None
+        return SequenceOutput(
+            sequence.sequence_id,
+            token_ids=() if chosen is None else (chosen.token_id,),
+            logprobs=(chosen.logprobs,) if chosen is not None and chosen.logprobs is not None else None,
+            prompt_logprobs=(None, *sequence.prompt_logprobs) if with_prompt else None,
+            finish_reason=finish_reason,
+            stop_token_id=stop_token_id,
+            num_cached_tokens=sequence.num_cached_tokens,
+            scheduled_time_s=sequence.scheduled_time_s,
+        )
