@@ -206,9 +206,14 @@ class Scheduler:
             prompt_budget -= self._append(items, sequence, prompt_budget)
 
     def _append(self, items: list[ScheduledSequence], sequence: Sequence, budget: int) -> int:
-        left = sequence.num_tokens - sequence.num_computed_tokens
-        num_tokens = min(left, budget) if self.kv.is_chunkable else left
         start = sequence.num_computed_tokens
+        left = sequence.num_tokens - start
+        if self.kv.is_chunkable:
+            num_tokens = min(left, budget)
+        else:
+            # Whole prompts, and after a preemption the output token by token, as it was made: a recurrent state or a
+            # RoPE that grows with length must see the same steps again.
+            num_tokens = len(sequence.prompt_token_ids) if start == 0 else 1
         if sequence.params.num_prompt_logprobs is not None and not sequence.output_token_ids:
             num_logits = num_tokens
         else:

@@ -20,6 +20,7 @@ from engine.kv.pool import Slot, StorageOp
 from engine.kv.slots import SlotStorage
 from engine.model.attention import FlatStep, flat_step
 from engine.model.inputs import FlatInputs, build_inputs
+from engine.model.module_state import ModuleState
 from engine.scheduler import Batch, ScheduledSequence
 from engine.sequence import Sequence
 
@@ -103,10 +104,11 @@ class FlatRunner:
 
 @dataclass(slots=True)
 class _SoloState:
-    """What generate() keeps between two tokens of one sequence."""
+    """What generate() keeps between two tokens of one sequence, in its arguments and in the model's modules."""
 
     token_ids: torch.Tensor  # int64 [1, T], all that was fed
     model_kwargs: dict[str, Any] = field(default_factory=dict)
+    module_values: list[Any] = field(default_factory=list)
 
 
 class SoloRunner:
@@ -124,6 +126,7 @@ class SoloRunner:
         self.device = device
         self._states: dict[int, _SoloState] = {}
         self._keeps_rows = accepts(model, "logits_to_keep")
+        self._module_state = ModuleState(model, self._trial)
 
     def apply(self, ops: list[StorageOp]) -> None:
         """Nothing: the model's cache grows by itself."""
@@ -146,7 +149,15 @@ class SoloRunner:
 
     def state_bytes(self, sequence_id: int) -> int:
         """Bytes of the tensors that a sequence's cache holds."""
-        return _tensor_bytes(self._states[sequence_id].model_kwargs, set())
+        state = self._states[sequence_id]
+        return _tensor_bytes((state.model_kwargs, state.module_values), set())
+
+    def _trial(self) -> None:
+        """A few tokens, alone, to see what the model leaves in its modules."""
+        token_ids = torch.tensor([[3, 1, 2, 3]], device=self.device)
+        state = self._begin(token_ids)
+        self._step(state, token_ids, num_logits=1, is_first=True)
+        self._step(state, token_ids[:, :1], num_logits=1, is_first=False)
 
     def _advance(self, item: ScheduledSequence) -> torch.Tensor:
         """The item's tokens through the model; logits [num_logits, V]."""
@@ -154,17 +165,28 @@ class SoloRunner:
         new_ids = torch.tensor(
             [sequence.token_slice(item.start, item.start + item.num_tokens)], dtype=torch.int64, device=self.device
         )
-        if item.start == 0:
+        is_first = item.start == 0
+        if is_first:
             state = self._begin(new_ids)
+            state.module_values = self._module_state.pristine
             self._states[sequence.sequence_id] = state
-            if self._keeps_rows:
-                state.model_kwargs["logits_to_keep"] = item.num_logits
-            inputs = self.model.prepare_inputs_for_generation(new_ids, is_first_iteration=True, **state.model_kwargs)
         else:
             state = self._states[sequence.sequence_id]
+        if self._module_state:
+            self._module_state.restore(state.module_values)
+        logits = self._step(state, new_ids, num_logits=item.num_logits, is_first=is_first)
+        if self._module_state:
+            state.module_values = self._module_state.save()
+        return logits
+
+    def _step(self, state: _SoloState, new_ids: torch.Tensor, *, num_logits: int, is_first: bool) -> torch.Tensor:
+        """One turn of generate()'s loop; logits of the last `num_logits` of the new tokens."""
+        if self._keeps_rows:
+            state.model_kwargs["logits_to_keep"] = num_logits
+        if is_first:
+            inputs = self.model.prepare_inputs_for_generation(new_ids, is_first_iteration=True, **state.model_kwargs)
+        else:
             state.token_ids = torch.cat([state.token_ids, new_ids], dim=1)
-            if self._keeps_rows:
-                state.model_kwargs["logits_to_keep"] = item.num_logits
             length = 1 if state.model_kwargs.get("use_cache") else None
             inputs = self.model.prepare_inputs_for_generation(
                 state.token_ids, next_sequence_length=length, **state.model_kwargs
@@ -173,8 +195,8 @@ class SoloRunner:
         state.model_kwargs = self.model._update_model_kwargs_for_generation(
             output, state.model_kwargs, is_encoder_decoder=False
         )
-        logits: torch.Tensor = output.logits[0, -item.num_logits :]
-        return logits
+        logits: torch.Tensor = output.logits[0]
+        return logits[logits.shape[0] - num_logits :]
 
     def _begin(self, token_ids: torch.Tensor) -> _SoloState:
         """Let generate() prepare a sequence as it would (cache, masks, positions), and take over before its loop."""
