@@ -76,7 +76,7 @@ def _upper(value: object) -> object:
 Bytes = Annotated[int, BeforeValidator(_to_bytes)]
 ClassPath = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
 Seconds = Annotated[float, Field(allow_inf_nan=False)]
-Optional = BeforeValidator(_none_word)
+NoneWord = BeforeValidator(_none_word)
 
 
 def _option(default: Any, meaning: str, *, shown: str | None = None, **rules: Any) -> Any:
@@ -138,23 +138,23 @@ class Settings(BaseModel):
     revision: str | None = _option(None, "branch, tag or commit on the hub", shown="main", min_length=1)
     # False, because it runs code of whoever wrote the checkpoint; never settable by a request.
     trust_remote_code: bool = _option(False, "run Python code that ships with the checkpoint")
-    max_model_len: Annotated[int | None, Optional] = _option(
+    max_model_len: Annotated[int | None, NoneWord] = _option(
         None, "most tokens, prompt and output together, of one sequence", shown="the model's positions", ge=1
     )
-    kv_cache_memory: Annotated[Bytes | None, Optional] = _option(
+    kv_cache_memory: Annotated[Bytes | None, NoneWord] = _option(
         None, "most memory for keys and values, in bytes or as in 2GiB", shown="what is left, measured", ge=1
     )
     prefix_caching: bool = _option(True, "reuse keys and values of a beginning that prompts share")
     # Small on CPU, where a step's time grows with its tokens and running streams wait for it; large on an accelerator.
-    max_batch_tokens: Annotated[int | None, Optional] = _option(
+    max_batch_tokens: Annotated[int | None, NoneWord] = _option(
         None, "most tokens computed in one step", shown="by device", ge=1
     )
     # Half of the OpenAI SDK's own timeout: the caller learns in time that waiting longer is no use.
-    max_queue_time: Annotated[Seconds | None, Optional] = _option(
+    max_queue_time: Annotated[Seconds | None, NoneWord] = _option(
         300.0, "seconds that a request may wait for its first step, or none; then 503 with retry-after", gt=0
     )
     # No default: a slow machine may rightly stream for an hour, and a caller who has gone is noticed anyway.
-    request_timeout: Annotated[Seconds | None, Optional] = _option(
+    request_timeout: Annotated[Seconds | None, NoneWord] = _option(
         None, "seconds that a request may take in all, or none", shown="none", gt=0
     )
     # Orchestrators send SIGKILL 30 s after SIGTERM unless told otherwise; later than that would never be reached.
@@ -168,7 +168,7 @@ class Settings(BaseModel):
         tuple[Annotated[str, AfterValidator(_check_origin)], ...], BeforeValidator(_to_items)
     ] = _option((), "origin whose web pages may call (CORS), or *; repeatable, comma separated", shown="none")
     strict_parameters: bool = _option(False, "answer 400 to request fields nobody knows, instead of naming them")
-    seed: Annotated[int | None, Optional] = _option(
+    seed: Annotated[int | None, NoneWord] = _option(
         None, "makes the seeds of requests without one repeatable", shown="from the system", ge=0, lt=2**63
     )
 

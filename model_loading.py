@@ -1,0 +1,275 @@
+"""From settings to everything that serves a model: device, tokenizer, weights, KV budget, engine.
+
+Knows nothing of requests or the event loop; torch and transformers are imported inside, so that importing this is quick.
+Called by model_manager.py, on the engine thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config import Settings, StartupError
+from engine.config import EngineConfig
+
+if TYPE_CHECKING:
+    from text.prompt import PromptEncoder
+
+    from engine.engine import Engine
+    from engine.model.loader import LoadedModel
+    from engine_thread import StepEngine
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, float | None], None]  # what is being done, and the share done (0 to 1) where it is known
+
+DEMO_MODELS = {"demo": Path(__file__).parent / "demo" / "chat"}
+# Running streams are protected by the engine's pacing; these bound how long a step takes when nobody streams yet.
+MAX_BATCH_TOKENS_CPU = 512
+MAX_BATCH_TOKENS_ACCELERATOR = 2048
+# Of the memory that is free once the weights are in; the rest is for activations and for the machine's other work.
+KV_SHARE_OF_FREE_MEMORY = 0.8
+# Recurrent models and ALiBi have no bound of their own, but an engine needs one to plan by.
+MAX_MODEL_LEN_OF_UNBOUNDED = 32_768
+_GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What was loaded and how it is served.
+
+    Args:
+        name: the served name.
+        architecture: the model's class.
+        dtype, device: of the weights, as torch writes them.
+        lane, lane_reason: how the engine drives the model, and why so.
+        max_model_len: most tokens of a sequence, prompt and output.
+        vocab_size: the model's padded one; token ids are below it.
+        eos_token_ids: tokens that end a sequence.
+        kv_budget_bytes, kv_bytes_per_token: most memory for KV, and what a token takes.
+        num_parameters: of the model.
+        generation_defaults: sampling parameters that the checkpoint recommends, by their wire names.
+    """
+
+    name: str
+    architecture: str
+    dtype: str
+    device: str
+    lane: str
+    lane_reason: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    kv_budget_bytes: int
+    kv_bytes_per_token: int
+    num_parameters: int
+    generation_defaults: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedStack:
+    """All that serves one model."""
+
+    engine: StepEngine
+    prompts: PromptEncoder
+    tokenizer: Any
+    info: ModelInfo
+
+
+def load_model_stack(settings: Settings, progress: Progress) -> LoadedStack:
+    """Loads what the settings name; the caller's thread owns the engine from here on.
+
+    Raises:
+        StartupError: the options do not fit the model or the machine; one line says which and why.
+    """
+    source = _source(settings)
+    progress("importing torch and transformers", None)
+    from text.prompt import PromptEncoder
+    from text.tokenizer import load_tokenizer
+
+    _quieten_libraries()
+    device = _device(settings)
+    if device == "cpu":
+        _use_cores()
+    _check_fit(settings, source, device)
+    progress(f"loading the tokenizer of {source}", None)
+    try:
+        tokenizer = load_tokenizer(
+            source,
+            tokenizer_type=settings.tokenizer_type,
+            use_fast=settings.tokenizer_use_fast,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError, AttributeError, KeyError) as error:
+        raise StartupError(f"the tokenizer of {source} cannot be loaded: {_first_line(error)}") from error
+    loaded = _load_model(settings, source, device, progress)
+    config = _engine_config(settings, loaded, device)
+    engine = _build_engine(loaded, config, progress)
+    prompts = PromptEncoder(tokenizer, max_model_len=config.max_model_len)
+    return LoadedStack(engine, prompts, tokenizer, _info(settings, loaded, config, engine))
+
+
+def _source(settings: Settings) -> str:
+    """Hub id or directory of the model."""
+    name = settings.hf_model
+    if name in ("demo-t5", "demo-whisper"):
+        raise StartupError(f"--hf-model {name}: this kind of model is not available in this version")
+    demo = DEMO_MODELS.get(name)
+    if settings.revision is not None and (demo is not None or Path(name).is_dir()):
+        raise StartupError(f"--revision {settings.revision}: {name} is a local directory, which has no revisions")
+    if demo is None:
+        return name
+    if not demo.is_dir():
+        raise StartupError(f"--hf-model {name}: {demo} is missing; it comes with the project's files")
+    return str(demo)
+
+
+def _quieten_libraries() -> None:
+    """One voice in the log: transformers' lines go through ours, its bars only to a terminal."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
+def _device(settings: Settings) -> str:
+    import torch
+
+    wanted = settings.accelerator_type
+    is_there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[wanted]
+    if is_there:
+        return wanted
+    if settings.is_given("accelerator_type"):
+        raise StartupError(f"--accelerator-type {wanted}: torch {torch.__version__} finds no such device here")
+    logger.warning("no CUDA device found by torch %s: running on the CPU", torch.__version__)
+    return "cpu"
+
+
+def _use_cores() -> None:
+    import torch
+
+    from hardware import usable_cores
+
+    # torch has already obeyed OMP_NUM_THREADS, so its own number is a bound too.
+    num_threads = min(torch.get_num_threads(), usable_cores())
+    torch.set_num_threads(num_threads)
+    logger.info("computing with %d CPU threads", num_threads)
+
+
+def _check_fit(settings: Settings, source: str, device: str) -> None:
+    """What can be refused before the weights are fetched."""
+    from transformers import AutoConfig
+
+    dtype = settings.torch_dtype
+    if device == "cpu" and dtype == "float16":
+        raise StartupError("--torch-dtype float16: should be bfloat16 or float32 on the CPU, which is slow at float16")
+    try:
+        config = AutoConfig.from_pretrained(
+            source, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        if "." in settings.model_type:
+            return  # one's own class may bring a config that transformers does not know
+        raise StartupError(f"--hf-model {settings.hf_model}: {_first_line(error)}") from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise StartupError(
+            f"--hf-model {settings.hf_model}: {config.model_type} is an encoder-decoder, "
+            "and serving those is not available in this version"
+        )
+    if device == "cpu" and dtype == "auto" and str(getattr(config, "dtype", None)) == "torch.float16":
+        raise StartupError("--torch-dtype auto: the checkpoint is float16; on the CPU choose bfloat16 or float32")
+
+
+def _load_model(settings: Settings, source: str, device: str, progress: Progress) -> LoadedModel:
+    from engine.model.loader import LoadError, LoadRequest, load_model
+
+    request = LoadRequest(
+        name=source,
+        model_type=settings.model_type,
+        dtype=settings.torch_dtype,
+        device=device,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    try:
+        return load_model(request, progress)
+    except LoadError as error:
+        raise StartupError(" ".join(str(error).split())) from error
+
+
+def _engine_config(settings: Settings, loaded: LoadedModel, device: str) -> EngineConfig:
+    asked, positions = settings.max_model_len, loaded.max_positions
+    if asked is not None and positions is not None and asked > positions:
+        raise StartupError(f"--max-model-len {asked}: should be at most the model's positions ({positions})")
+    default_tokens = MAX_BATCH_TOKENS_CPU if device == "cpu" else MAX_BATCH_TOKENS_ACCELERATOR
+    free_bytes = _free_bytes(device)
+    kv_budget_bytes = settings.kv_cache_memory
+    if kv_budget_bytes is None:
+        kv_budget_bytes = int(free_bytes * KV_SHARE_OF_FREE_MEMORY)
+    elif kv_budget_bytes > free_bytes:
+        raise StartupError(
+            f"--kv-cache-memory {kv_budget_bytes}: should be at most the {free_bytes} bytes that are free on {device}"
+        )
+    return EngineConfig(
+        max_num_seqs=settings.continuous_batching_batch_size,
+        # Every sequence of a full step needs room for its one token.
+        max_batch_tokens=settings.max_batch_tokens or max(default_tokens, settings.continuous_batching_batch_size),
+        max_model_len=asked or positions or MAX_MODEL_LEN_OF_UNBOUNDED,
+        kv_budget_bytes=kv_budget_bytes,
+        is_prefix_caching=settings.prefix_caching,
+        eos_token_ids=loaded.eos_token_ids,
+    )
+
+
+def _free_bytes(device: str) -> int:
+    import torch
+
+    from hardware import free_memory_bytes
+
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    if device == "mps":
+        left = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return min(int(left), free_memory_bytes())
+    return free_memory_bytes()
+
+
+def _build_engine(loaded: LoadedModel, config: EngineConfig, progress: Progress) -> Engine:
+    from engine.engine import build_engine
+
+    try:
+        return build_engine(loaded, config, progress)
+    except ValueError as error:
+        raise StartupError(_first_line(error)) from error
+
+
+def _info(settings: Settings, loaded: LoadedModel, config: EngineConfig, engine: Engine) -> ModelInfo:
+    generation = getattr(loaded.model, "generation_config", None)
+    recommended = {name: getattr(generation, name, None) for name in _GENERATION_DEFAULTS}
+    return ModelInfo(
+        name=settings.model_name,
+        architecture=loaded.architecture,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        device=str(loaded.device),
+        lane=engine.lane.name,
+        lane_reason=engine.lane.reason,
+        max_model_len=config.max_model_len,
+        vocab_size=loaded.vocab_size,
+        eos_token_ids=config.eos_token_ids,
+        kv_budget_bytes=config.kv_budget_bytes or 0,
+        kv_bytes_per_token=engine.lane.kv_bytes_per_token,
+        num_parameters=loaded.num_parameters,
+        generation_defaults={name: value for name, value in recommended.items() if value is not None},
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,298 @@
+"""The bridge between requests on the event loop and the engine on its thread: admission, generation, shutdown.
+
+Knows nothing of HTTP, wire models or tensors.
+Made by app.py, called by api/.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Sequence as Series
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from admission import Admission
+from config import Settings
+from engine.errors import EngineDead, NotServing, RequestTimeout, ServerError
+from engine.sequence import EngineStats, SamplingParams, Sequence, SequenceOutput
+from engine_thread import IDLE_AFTER_S, EngineThread, StepEngine
+from model_loading import LoadedStack, ModelInfo, Progress, load_model_stack
+from output_queue import OutputQueue
+
+if TYPE_CHECKING:
+    from text.prompt import PromptEncoder
+
+__all__ = ["GenerationRequest", "LoadedStack", "ModelInfo", "ModelManager", "Progress", "load_model_stack"]
+
+logger = logging.getLogger(__name__)
+
+State = Literal["loading", "ready", "draining", "dead"]
+
+# A step is bounded by --max-batch-tokens: tens of seconds mean a hung driver or a machine that swaps.
+STALLED_AFTER_S = 60.0
+# Time for requests that were cut off at --shutdown-timeout to send their error frames.
+FAREWELL_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """What one sequence of a request asks of the engine.
+
+    Args:
+        prompt_token_ids: at least one id, each below the vocabulary size.
+        params: how to choose tokens, resolved.
+        priority: lower runs first among those waiting.
+        cache_salt: sequences of different salts never share KV.
+        arrival_time_s: time.monotonic() of the request's arrival; queue and request timeouts count from it.
+    """
+
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    priority: int = 0
+    cache_salt: bytes = b""
+    arrival_time_s: float = field(default_factory=time.monotonic)
+
+
+class ModelManager:
+    """Owns the engine thread and everyone who waits for it; all methods belong to the event loop that called start.
+
+    Args:
+        settings: the options.
+        load: builds the stack; called on the engine thread with settings and a place for news of progress.
+        idle_after_s: see EngineThread.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        load: Callable[[Settings, Progress], LoadedStack] = load_model_stack,
+        *,
+        idle_after_s: float = IDLE_AFTER_S,
+    ) -> None:
+        self._settings = settings
+        self._load = load
+        self._state: State = "loading"
+        self._stats = EngineStats()
+        self._stack: LoadedStack | None = None
+        self._thread = EngineThread(
+            self._open_engine,
+            self,
+            microsleep_s=settings.continuous_batching_microsleep,
+            idle_after_s=idle_after_s,
+        )
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loaded: asyncio.Future[ModelInfo] | None = None
+        self._queues: dict[int, OutputQueue] = {}
+        self._ids = itertools.count()
+        self._admission = Admission(settings.max_concurrent)
+        self._refusal: ServerError | None = None  # why no sequence may start any more
+
+    # What is known of the model and the engine.
+
+    @property
+    def state(self) -> State:
+        """Where the server stands."""
+        return self._state
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether one step has been running for longer than any step should; loading is never a stall."""
+        return self._thread.seconds_in_step() > STALLED_AFTER_S
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's counters after its latest step."""
+        return self._stats
+
+    @property
+    def num_admitted(self) -> int:
+        """Requests in the server."""
+        return self._admission.num_inside
+
+    @property
+    def info(self) -> ModelInfo:
+        """What was loaded; raises NotServing before it is."""
+        return self._loaded_stack().info
+
+    @property
+    def prompts(self) -> PromptEncoder:
+        """Turns messages and text into ids; raises NotServing before the model is loaded."""
+        return self._loaded_stack().prompts
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers; raises NotServing before the model is loaded."""
+        return self._loaded_stack().tokenizer
+
+    def _loaded_stack(self) -> LoadedStack:
+        if self._stack is None:
+            raise NotServing("the model is still loading", retry_after_s=5.0)
+        return self._stack
+
+    # Life and death.
+
+    async def start(self) -> None:
+        """Begins to load in the background and returns at once; state goes from loading to ready or dead."""
+        self._loop = asyncio.get_running_loop()
+        self._loaded = self._loop.create_future()
+        # The exception is for whoever asks wait_until_loaded; nobody asking is no error.
+        self._loaded.add_done_callback(lambda loaded: loaded.cancelled() or loaded.exception())
+        self._thread.start()
+
+    async def wait_until_loaded(self) -> ModelInfo:
+        """What was loaded, as soon as it is; raises what loading raised, StartupError among others."""
+        if self._loaded is None:
+            raise NotServing("the model is not being loaded")
+        return await asyncio.shield(self._loaded)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuses new requests and lets those in the server finish; who has not at the timeout is cut off with an error."""
+        if self._state != "dead":
+            self._state = "draining"
+        if await self._admission.wait_until_empty(timeout_s):
+            return
+        logger.warning("shutdown: %d requests are cut off after %g s", self.num_admitted, timeout_s)
+        self._fail_all(NotServing("the server shut down before the request was finished"))
+        await self._admission.wait_until_empty(FAREWELL_S)
+
+    async def close(self) -> bool:
+        """Ends the engine thread and answers whoever is left; returns whether the thread has ended (loading cannot be)."""
+        if self._state != "dead":
+            self._state = "draining"
+        self._fail_all(NotServing("the server has shut down"))
+        self._thread.stop()
+        is_loading = self._loaded is not None and not self._loaded.done()
+        return await asyncio.to_thread(self._thread.join, 0.0 if is_loading else 5.0)
+
+    def _fail_all(self, error: ServerError) -> None:
+        if self._refusal is None:
+            self._refusal = error
+        for queue in self._queues.values():
+            queue.fail(error)
+
+    # Requests.
+
+    @contextlib.contextmanager
+    def admission(self) -> Iterator[None]:
+        """Counts a request as in the server, from before its prompt is looked at until its last byte is made.
+
+        Raises:
+            QueueFull: --max-concurrent requests are in the server.
+            NotServing: loading or draining.
+            EngineDead: the engine has ended.
+        """
+        self._check_open()
+        with self._admission.place():
+            yield
+
+    def _check_open(self) -> None:
+        if self._state == "dead":
+            raise EngineDead("the engine has stopped; the server must be restarted")
+        if self._state == "draining":
+            raise NotServing("the server is shutting down")
+        self._loaded_stack()
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[SequenceOutput]:
+        """Runs one sequence and yields what its steps make; closing the iterator frees everything at once.
+
+        Yields:
+            Outputs without error; the last has a finish_reason. Several steps arrive as one when the caller is slow.
+        Raises:
+            CallerError: the sequence can never fit.
+            OperatorError: it waited or ran too long, or the server shuts down.
+            InternalError: its step failed, or the engine died.
+        """
+        if self._refusal is not None:
+            raise self._refusal
+        self._loaded_stack()
+        settings = self._settings
+        arrival_s = request.arrival_time_s
+        sequence = Sequence(
+            next(self._ids),
+            request.prompt_token_ids,
+            request.params,
+            arrival_s,
+            priority=request.priority,
+            cache_salt=request.cache_salt,
+            deadline_s=None if settings.max_queue_time is None else arrival_s + settings.max_queue_time,
+        )
+        queue = self._queues[sequence.sequence_id] = OutputQueue()
+        is_over = False
+        try:
+            self._thread.add(sequence)
+            with self._time_limit(queue, arrival_s):
+                while not is_over:
+                    output = await queue.get()
+                    is_over = output.is_last
+                    yield output
+        finally:
+            del self._queues[sequence.sequence_id]
+            if not is_over:
+                self._thread.abort(sequence.sequence_id)
+
+    @contextlib.contextmanager
+    def _time_limit(self, queue: OutputQueue, arrival_s: float) -> Iterator[None]:
+        """Fails the queue when --request-timeout has passed; one timer a sequence costs nothing per token."""
+        limit_s = self._settings.request_timeout
+        if limit_s is None:
+            yield
+            return
+        error = RequestTimeout(f"the request ran for longer than --request-timeout {limit_s:g} s")
+        remaining_s = arrival_s + limit_s - time.monotonic()
+        timer = asyncio.get_running_loop().call_later(remaining_s, queue.fail, error)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    # News from the engine thread, and their arrival on the event loop.
+
+    def _open_engine(self) -> StepEngine:
+        """On the engine thread: loads."""
+        stack = self._load(self._settings, self._report)
+        self._post(self._on_loaded, stack)
+        return stack.engine
+
+    def _report(self, doing: str, share: float | None) -> None:
+        """On the engine thread: news of loading, one line each."""
+        logger.info("%s%s", doing, "" if share is None else f" ({share:.0%})")
+
+    def on_outputs(self, outputs: Series[SequenceOutput], stats: EngineStats) -> None:
+        """On the engine thread: one wake-up of the event loop for all rows of a step."""
+        self._post(self._deliver, outputs, stats)
+
+    def on_death(self, error: BaseException) -> None:
+        """On the engine thread: its last word."""
+        self._post(self._bury, error)
+
+    def _post(self, callback: Callable[..., None], *arguments: object) -> None:
+        assert self._loop is not None  # set before the thread starts
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends and nobody listens
+            self._loop.call_soon_threadsafe(callback, *arguments)
+
+    def _on_loaded(self, stack: LoadedStack) -> None:
+        self._stack = stack
+        if self._state == "loading":
+            self._state = "ready"
+        if self._loaded is not None and not self._loaded.done():
+            self._loaded.set_result(stack.info)
+
+    def _deliver(self, outputs: Series[SequenceOutput], stats: EngineStats) -> None:
+        self._stats = stats
+        for output in outputs:
+            queue = self._queues.get(output.sequence_id)
+            if queue is not None:  # None: its request has gone and the abort is on its way
+                queue.put(output)
+
+    def _bury(self, error: BaseException) -> None:
+        self._state = "dead"
+        self._fail_all(EngineDead("the engine has stopped; the server must be restarted"))
+        if self._loaded is not None and not self._loaded.done():
+            self._loaded.set_exception(error)
+        else:
+            logger.critical("the engine died", exc_info=error)
