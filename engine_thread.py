@@ -156,8 +156,8 @@ class EngineThread:
             except Exception:
                 logger.exception("sequence %d could not be added", item.sequence_id)
                 engine.abort(item.sequence_id)
-                error = InternalError("the engine could not take the request")
-                refusals.append(SequenceOutput(item.sequence_id, error=error))
+                failure = InternalError("the engine could not take the request")
+                refusals.append(SequenceOutput(item.sequence_id, error=failure))
         return refusals
 
     def _wait(self, engine: StepEngine) -> None:

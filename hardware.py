@@ -19,7 +19,7 @@ _CPUS = Path("/sys/devices/system/cpu")
 def usable_cores(cgroup: Path = _CGROUP, cpus: Path = _CPUS) -> int:
     """Physical cores that this process may run on, at least 1.
 
-    Two threads of one core share its arithmetic units: matrix products gain nothing from the second and lose cache to it.
+    Two threads of one core share its arithmetic units: matrix products gain nothing from the second and lose cache.
     A container's quota is a limit too: threads above it are stopped in the middle of a product while the others wait.
     """
     cores = _affine_cores(cpus) if sys.platform == "linux" else psutil.cpu_count(logical=False)
@@ -66,10 +66,8 @@ def _cpu_quota(cgroup: Path) -> int | None:
 
 
 def _inactive_file_bytes(cgroup: Path) -> int:
-    for path, key in (
-        (cgroup / "memory.stat", "inactive_file"),
-        (cgroup / "memory" / "memory.stat", "total_inactive_file"),
-    ):
+    new, old = cgroup / "memory.stat", cgroup / "memory" / "memory.stat"
+    for path, key in ((new, "inactive_file"), (old, "total_inactive_file")):
         try:
             lines = path.read_text().splitlines()
         except OSError:

@@ -1,6 +1,6 @@
 """From settings to everything that serves a model: device, tokenizer, weights, KV budget, engine.
 
-Knows nothing of requests or the event loop; torch and transformers are imported inside, so that importing this is quick.
+Knows nothing of requests or the event loop; imports torch and transformers inside, so that importing this is quick.
 Called by model_manager.py, on the engine thread.
 """
 

@@ -151,7 +151,7 @@ class ModelManager:
         return await asyncio.shield(self._loaded)
 
     async def drain(self, timeout_s: float) -> None:
-        """Refuses new requests and lets those in the server finish; who has not at the timeout is cut off with an error."""
+        """Refuses new requests and lets those in the server finish; cuts off who has not at the timeout."""
         if self._state != "dead":
             self._state = "draining"
         if await self._admission.wait_until_empty(timeout_s):
@@ -161,7 +161,7 @@ class ModelManager:
         await self._admission.wait_until_empty(FAREWELL_S)
 
     async def close(self) -> bool:
-        """Ends the engine thread and answers whoever is left; returns whether the thread has ended (loading cannot be)."""
+        """Ends the engine thread and answers whoever is left; returns whether the thread has ended."""
         if self._state != "dead":
             self._state = "draining"
         self._fail_all(NotServing("the server has shut down"))
