@@ -37,6 +37,8 @@ State = Literal["loading", "ready", "draining", "dead"]
 STALLED_AFTER_S = 60.0
 # Time for requests that were cut off at --shutdown-timeout to send their error frames.
 FAREWELL_S = 2.0
+# Time for the step that runs to end when the server closes.
+CLOSE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,11 @@ class ModelManager:
         return self._thread.seconds_in_step() > STALLED_AFTER_S
 
     @property
+    def has_ended(self) -> bool:
+        """Whether the engine thread has ended, or never began."""
+        return self._thread.join(0.0)
+
+    @property
     def stats(self) -> EngineStats:
         """The engine's counters after its latest step."""
         return self._stats
@@ -160,14 +167,14 @@ class ModelManager:
         self._fail_all(NotServing("the server shut down before the request was finished"))
         await self._admission.wait_until_empty(FAREWELL_S)
 
-    async def close(self) -> bool:
-        """Ends the engine thread and answers whoever is left; returns whether the thread has ended."""
+    async def close(self) -> None:
+        """Ends the engine thread after the step that runs, and answers whoever is left."""
         if self._state != "dead":
             self._state = "draining"
         self._fail_all(NotServing("the server has shut down"))
         self._thread.stop()
-        is_loading = self._loaded is not None and not self._loaded.done()
-        return await asyncio.to_thread(self._thread.join, 0.0 if is_loading else 5.0)
+        if self._loaded is None or self._loaded.done():  # loading cannot be interrupted: no use waiting for it
+            await asyncio.to_thread(self._thread.join, CLOSE_S)
 
     def _fail_all(self, error: ServerError) -> None:
         if self._refusal is None:
@@ -208,7 +215,7 @@ class ModelManager:
             InternalError: its step failed, or the engine died.
         """
         if self._refusal is not None:
-            raise self._refusal
+            raise self._refusal.with_traceback(None)  # else every raise would lengthen its traceback
         self._loaded_stack()
         settings = self._settings
         arrival_s = request.arrival_time_s
@@ -293,6 +300,7 @@ class ModelManager:
         self._state = "dead"
         self._fail_all(EngineDead("the engine has stopped; the server must be restarted"))
         if self._loaded is not None and not self._loaded.done():
-            self._loaded.set_exception(error)
+            # A library that calls sys.exit() while loading must not end the event loop from within.
+            self._loaded.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
         else:
             logger.critical("the engine died", exc_info=error)

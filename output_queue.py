@@ -58,7 +58,7 @@ class OutputQueue:
         """
         while self._first is None:
             if self._error is not None:
-                raise self._error
+                raise self._error.with_traceback(None)  # it may be shared with other sequences
             self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter

@@ -1,0 +1,68 @@
+"""The door: flags and environment become Settings, Settings become a running server, its end an exit code.
+
+Knows nothing of models or requests.
+Run as `python main.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+from config import Settings, StartupError
+
+# Their INFO lines say what ours already say, their DEBUG lines drown ours.
+_LOUD_LIBRARIES = ("asyncio", "filelock", "httpcore", "httpx", "huggingface_hub", "sse_starlette", "urllib3", "uvicorn")
+
+
+def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Serves until told to end; returns the exit code: 1 when loading failed, 2 when an option cannot be honoured."""
+    settings = Settings.from_sources(argv, environ)
+    _set_up_logging(settings.loglevel)
+    # Until the server takes signals over: there is nothing to finish yet.
+    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGINT, _leave)
+    # Imported here, so that --help and mistakes are answered at once.
+    from app import create_app
+
+    from model_manager import ModelManager
+    from serving import Server, bind
+
+    try:
+        sockets = bind(settings.host, settings.port)
+    except StartupError as error:
+        return _fail(error)
+    manager = ModelManager(settings)
+    server = Server(create_app(settings, manager), manager, settings)
+    server.run(sockets)
+    exit_code = 0 if server.failure is None else _fail(server.failure)
+    if not manager.has_ended:
+        # Loading cannot be interrupted, and an interpreter that tears itself down under it may crash.
+        os._exit(exit_code)
+    return exit_code
+
+
+def _set_up_logging(level: str) -> None:
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    for library in _LOUD_LIBRARIES:
+        logging.getLogger(library).setLevel(max(logging.WARNING, logging.getLevelNamesMapping()[level]))
+
+
+def _leave(signal_number: int, frame: object) -> NoReturn:
+    raise SystemExit(0)
+
+
+def _fail(error: BaseException) -> int:
+    """Says why the server ends, in the last line; returns the exit code."""
+    if not isinstance(error, StartupError):
+        logging.getLogger(__name__).error("loading failed", exc_info=error)
+    print(f"main.py: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr, flush=True)
+    return 2 if isinstance(error, StartupError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))
