@@ -1,0 +1,70 @@
+"""Log-probabilities of the model's own distribution: before bias, penalties, temperature and filters.
+
+Knows nothing of how a token was chosen.
+Called by engine/sampling/sampler.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.sampling.candidates import best_tokens, top_tokens
+from engine.sampling.filters import softmax_rows
+from engine.sequence import TokenLogprobs
+
+FLOOR = -9999.0
+"""Stands for log 0 on the wire, where -inf is not JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawLogprobs:
+    """What is kept of some rows' raw logits, to answer once their tokens are chosen.
+
+    Args:
+        index: [S] int64, rows of the batch.
+        log_sum_exp: [S, 1] float64.
+        top: [S, K] float64 log-probabilities, likeliest first; K = 0 when no row asks for alternatives.
+        top_ids: [S, K] int64, their token ids; equal ones by lower id.
+    """
+
+    index: Tensor
+    log_sum_exp: Tensor
+    top: Tensor
+    top_ids: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, maxima: Tensor, index: Tensor, num_top: int, scratch: Tensor) -> RawLogprobs:
+        """Read rows `index` of raw logits [R, Vp] float32 (padding -inf); `scratch` is overwritten."""
+        largest, likeliest = best_tokens(logits, maxima)
+        probabilities = softmax_rows(logits, index, None, scratch)
+        largest = largest.index_select(0, index)[:, None].double()
+        log_sum_exp = largest - probabilities.gather(1, likeliest.index_select(0, index)[:, None]).double().log()
+        if num_top == 0:
+            return cls(index, log_sum_exp, log_sum_exp[:, :0], index[:, None][:, :0])
+        values, top_ids = top_tokens(logits, maxima, index, num_top)
+        return cls(index, log_sum_exp, (values.double() - log_sum_exp).clamp_(min=FLOOR), top_ids)
+
+    def of_tokens(self, logits: Tensor, token_ids: Tensor, num_top: Rows[int]) -> list[TokenLogprobs]:
+        """Return the logprobs of the chosen tokens.
+
+        Args:
+            logits: [R, V] any float dtype, the raw logits again.
+            token_ids: [S, 1] int64, the chosen token of each row of `index`.
+            num_top: how many alternatives each of the S rows wants, each at most K.
+
+        Returns:
+            S entries.
+        """
+        raw = logits[self.index, token_ids[:, 0]][:, None]
+        chosen = (raw.double() - self.log_sum_exp).clamp_(min=FLOOR)
+        # One transfer for all the values, one for the ids.
+        values: list[list[float]] = torch.cat([chosen, self.top], 1).tolist()
+        top_ids: list[list[int]] = self.top_ids.tolist()
+        return [
+            TokenLogprobs(row[0], tuple(zip(ids[:k], row[1 : k + 1], strict=True)))
+            for row, ids, k in zip(values, top_ids, num_top, strict=True)
+        ]
