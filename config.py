@@ -232,7 +232,8 @@ class Settings(BaseModel):
             first = error.errors()[0]
         name = str(first["loc"][0] if first["loc"] else first["ctx"]["field"])
         rule = _RULES.get(first["type"]) or first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        text = given[name] if isinstance(given[name], str) else ",".join(given[name])
+        words = given[name]
+        text = words if isinstance(words, str) else ",".join(words)
         value = "(value not shown)" if name == "api_key" else " ".join(text.split())
         option = _describe(name)
         refuse(f"{f'{option.flag} {value}' if name in flags else f'{option.variable}={value} ({option.flag})'}: {rule}")
