@@ -1,0 +1,96 @@
+"""What there is and how it is: models, health, readiness, the root, metrics.
+
+Knows nothing of generation.
+Mounted by app.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import JSONResponse, Response
+
+from api.deps import GENERIC_MODEL, Parts, UsesParts
+from api.errors import ModelNotFound, shown
+
+VERSION = "0.1.0"
+# Open to everyone: orchestrators have no keys, and these say nothing about requests.
+open_router = APIRouter()
+router = APIRouter()
+
+
+@open_router.get("/health")
+async def health(parts: UsesParts) -> Response:
+    """200 while the process can serve, be it later; 503 when only a restart helps: the engine is dead or hangs."""
+    manager = parts.manager
+    is_dead = manager.state == "dead"
+    status = "dead" if is_dead else "stalled" if manager.is_stalled else manager.state
+    body: dict[str, Any] = {"status": status, "num_requests": manager.num_admitted}
+    if not is_dead and manager.state != "loading":
+        info = manager.info
+        body |= {"model": info.name, "lane": info.lane, "lane_reason": info.lane_reason, "device": info.device}
+    return JSONResponse(body, 503 if status in ("dead", "stalled") else 200)
+
+
+@open_router.get("/ready")
+async def ready(parts: UsesParts) -> Response:
+    """200 while requests are taken, 503 while loading or draining."""
+    state = parts.manager.state
+    return JSONResponse({"status": state}, 200 if state == "ready" else 503)
+
+
+@router.get("/")
+async def root(request: Request, parts: UsesParts) -> Response:
+    """What this is, and where to go."""
+    paths = {route.path for route in request.app.routes if hasattr(route, "path")}
+    return JSONResponse(
+        {
+            "name": "transformers-openai-api",
+            "version": VERSION,
+            "model": parts.settings.model_name,
+            "status": parts.manager.state,
+            "endpoints": sorted(path for path in paths if path.startswith("/v1/") and path != "/v1/"),
+        }
+    )
+
+
+@router.get("/models")
+async def list_models(parts: UsesParts) -> Response:
+    """The one model, in a list."""
+    return JSONResponse({"object": "list", "data": [_entry(parts)]})
+
+
+@router.get("/models/{name:path}")
+async def retrieve_model(name: str, parts: UsesParts) -> Response:
+    """The one model, by its name, which may contain slashes."""
+    served = parts.settings.model_name
+    if name not in (served, GENERIC_MODEL):
+        raise ModelNotFound(f"model is {shown(name)}: this server has {shown(served)}", param="model")
+    return JSONResponse(_entry(parts))
+
+
+@router.get("/metrics")
+async def metrics(parts: UsesParts) -> Response:
+    """Counters, gauges and histograms for Prometheus."""
+    return Response(parts.metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
+
+
+def _entry(parts: Parts) -> dict[str, Any]:
+    """A model as OpenAI lists it, and what it takes to use this one well; raises NotServing before it is loaded."""
+    info = parts.manager.info
+    return {
+        "id": parts.settings.model_name,
+        "object": "model",
+        "created": parts.created,
+        "owned_by": "transformers",
+        "max_model_len": info.max_model_len,
+        "architecture": info.architecture,
+        "dtype": info.dtype,
+        "device": info.device,
+        "lane": info.lane,
+        "lane_reason": info.lane_reason,
+        "num_parameters": info.num_parameters,
+        "generation_defaults": dict(info.generation_defaults),
+    }

@@ -1,0 +1,77 @@
+"""From a validated request to choices that are ready to run.
+
+Knows nothing of how prompts were made or how answers look.
+Called by api/chat.py and api/completions.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence as Series
+
+from fastapi import Request
+
+from api.deps import Parts
+from api.generation import Choice
+from api.params import SamplingPlan
+from engine.errors import InvalidValue
+from model_manager import GenerationRequest
+from models import GenerationFields
+from text.output import TextOutput
+
+logger = logging.getLogger(__name__)
+
+# Of one request, over all its prompts: each is a sequence with a queue of its own.
+MAX_SEQUENCES = 1024
+_SEED_MASK = 2**64 - 1
+
+
+def make_choices(
+    request: Request, parts: Parts, plan: SamplingPlan, prompts: Series[list[int]], *, cache_salt: bytes, param: str
+) -> list[Choice]:
+    """Choices across prompts: the first `plan.num_choices` are the first prompt's, and so on.
+
+    Args:
+        request: for its time of arrival.
+        parts: of the app.
+        plan: what is asked of sampling.
+        prompts: token ids of each prompt.
+        cache_salt: of the caller's key.
+        param: the field the prompts came in.
+    Raises:
+        ContextLengthExceeded: a prompt and its output do not fit.
+    """
+    max_model_len = parts.manager.info.max_model_len
+    params = [plan.for_prompt(len(ids), max_model_len, param) for ids in prompts]
+    seed = parts.seeds.getrandbits(63) if plan.seed is None else plan.seed
+    choices = []
+    for index in range(len(prompts) * plan.num_choices):
+        ids = prompts[index // plan.num_choices]
+        generation = GenerationRequest(
+            prompt_token_ids=ids,
+            # The first choice has the request's own seed: n changes nothing for it.
+            params=dataclasses.replace(params[index // plan.num_choices], seed=(seed + index) & _SEED_MASK),
+            priority=plan.priority,
+            cache_salt=cache_salt,
+            arrival_time_s=request.state.arrival_s,
+        )
+        text = TextOutput(parts.manager.tokenizer, ids, stop=plan.stop)
+        choices.append(Choice(index, generation, text, parts.metrics))
+    return choices
+
+
+def check_num_sequences(num_prompts: int, num_choices: int) -> None:
+    """Refuses a request of too many sequences, before any of them exists."""
+    if num_prompts * num_choices > MAX_SEQUENCES:
+        raise InvalidValue(
+            f"prompt has {num_prompts} prompts of n {num_choices}: at most {MAX_SEQUENCES} choices are allowed",
+            param="prompt",
+        )
+
+
+def log_parameters(request: Request, body: GenerationFields) -> None:
+    """What was asked, at DEBUG, without the prompt."""
+    if logger.isEnabledFor(logging.DEBUG):
+        fields = body.model_dump(exclude={"messages", "prompt"}, exclude_none=True)
+        logger.debug("request %s: %s %s", request.state.request_id, request.url.path, fields)

@@ -1,0 +1,108 @@
+"""Server-sent events: frames around JSON, pings while nothing is said, errors after the 200, the closing [DONE].
+
+Knows nothing of what the JSON means.
+Used by api/answers.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from typing import Protocol
+
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.sse import AppStatus
+from starlette.types import Receive, Scope, Send
+
+from api.errors import wire_error
+from api.generation import ChoiceDelta
+from engine.errors import ServerError
+
+logger = logging.getLogger(__name__)
+
+# Proxies cut connections that are silent for 30 to 60 s.
+PING_S = 10.0
+# A reader that takes nothing for this long holds a place in the server that others wait for.
+SEND_TIMEOUT_S = 120.0
+PING = b": ping\n\n"
+DONE = b"data: [DONE]\n\n"
+_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+class Framer(Protocol):
+    """Makes frames of one kind of answer."""
+
+    def frames(self, delta: ChoiceDelta) -> bytes:
+        """The frames of one delta, ready to be sent."""
+
+    def last_frames(self) -> bytes:
+        """What follows the last delta, maybe nothing."""
+
+
+def frame(data: bytes) -> bytes:
+    """One event; JSON holds no raw line breaks."""
+    return b"data: " + data + b"\n\n"
+
+
+class EventStream(EventSourceResponse):
+    """The streamed answer of one request; owns its deltas and closes them however it ends.
+
+    Args:
+        first: the first delta, maybe still on its way.
+        deltas: those after it.
+        framer: turns them into frames.
+        headers: more headers.
+    """
+
+    def __init__(
+        self,
+        first: asyncio.Task[ChoiceDelta],
+        deltas: AsyncGenerator[ChoiceDelta, None],
+        framer: Framer,
+        headers: Mapping[str, str],
+    ) -> None:
+        self._first = first
+        self._deltas = deltas
+        self._framer = framer
+        super().__init__(
+            self._events(),
+            headers={**_HEADERS, **headers},
+            ping=PING_S,
+            ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
+            send_timeout=SEND_TIMEOUT_S,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            # A generator that was never begun does not run its own finally.
+            await close(self._first, self._deltas)
+
+    async def _events(self) -> AsyncGenerator[bytes, None]:
+        try:
+            if not self._first.done():
+                yield PING
+            yield self._framer.frames(await self._first)
+            async for delta in self._deltas:
+                yield self._framer.frames(delta)
+            yield self._framer.last_frames()
+        except Exception as error:
+            if not isinstance(error, ServerError):
+                logger.exception("a stream failed")
+            yield frame(wire_error(error).json)
+        yield DONE
+
+
+async def close(first: asyncio.Task[ChoiceDelta], deltas: AsyncGenerator[ChoiceDelta, None]) -> None:
+    """Ends a generation, whether or not its first delta has come; idempotent."""
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    await deltas.aclose()
+
+
+def leave_streams_to_the_drain() -> None:
+    """Keeps sse-starlette from cutting all streams at SIGTERM: they may finish within --shutdown-timeout."""
+    AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]

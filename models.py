@@ -1,0 +1,139 @@
+"""The shapes of requests as they come over the wire, and the rules one object can check on its own.
+
+Knows nothing of models, tokenizers or engines; fields nobody knows are kept, so that api/params.py can name them.
+Read by api/; a leaf.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Discriminator, FailFast, Field, Tag, model_validator
+from typing_extensions import TypeAliasType
+
+T = TypeVar("T")
+# Ends its validation at the first mistake: a million wrong items would otherwise make a million error records.
+# A named alias, because FailFast is not hashable and so cannot stand in a union itself.
+Items = TypeAliasType("Items", Annotated[list[T], FailFast()], type_params=(T,))
+
+
+class WireModel(BaseModel):
+    """Strict: no text is a number and no boolean an integer; unknown fields end up in `model_extra`."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True, protected_namespaces=())
+
+
+class ContentPart(WireModel):
+    """One part of a message's content; other types than text keep their own fields."""
+
+    type: str
+    text: str | None = None
+
+
+# Tags begin with a bar so that api/errors.py can leave them out of a field's name.
+Content = Annotated[
+    Annotated[str, Tag("|text")] | Annotated[Items[ContentPart], Tag("|parts")],
+    Discriminator(lambda value: "|parts" if isinstance(value, list) else "|text"),
+]
+
+
+class ChatMessage(WireModel):
+    """One message; fields that only some templates know (`reasoning_content`, ...) reach the template."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Content | None = None
+    name: str | None = None
+    tool_calls: Items[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _check_role(self) -> Self:
+        if self.role == "tool" and self.tool_call_id is None:
+            raise ValueError("a message of role tool needs tool_call_id")
+        if self.content is None and self.role in ("system", "developer", "user"):
+            raise ValueError(f"a message of role {self.role} needs content")
+        return self
+
+
+class StreamOptions(WireModel):
+    """How a stream is framed."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+Stop = Annotated[
+    Annotated[str, Tag("|text")] | Annotated[Items[str], Tag("|texts")],
+    Discriminator(lambda value: "|texts" if isinstance(value, list) else "|text"),
+]
+
+
+class GenerationFields(WireModel):
+    """What chat and text completions have in common; None is the same as absent everywhere."""
+
+    model: str = "model"
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    stop: Stop | None = None
+    stop_token_ids: Items[int] | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    truncate: int | None = None
+    priority: int | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
+    user: str | None = None
+    return_token_ids: bool | None = None
+
+
+class ChatCompletionRequest(GenerationFields):
+    """POST /chat/completions."""
+
+    messages: Annotated[Items[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+def _prompt_kind(value: object) -> str:
+    """Which of the four forms a prompt has, by its first item: the union must not try a million ids as texts."""
+    if not isinstance(value, list):
+        return "|text"
+    first = value[0] if value else None
+    if isinstance(first, str):
+        return "|texts"
+    return "|batch" if isinstance(first, list) else "|tokens"
+
+
+Prompt = Annotated[
+    Annotated[str, Tag("|text")]
+    | Annotated[Items[str], Tag("|texts")]
+    | Annotated[Items[int], Tag("|tokens")]
+    | Annotated[Items[Items[int]], Tag("|batch")],
+    Discriminator(_prompt_kind),
+]
+
+
+class CompletionRequest(GenerationFields):
+    """POST /completions."""
+
+    prompt: Prompt
+    echo: bool | None = None
+    logprobs: int | None = None
