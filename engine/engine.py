@@ -251,7 +251,9 @@ def _build_flat(loaded: LoadedModel, config: EngineConfig, choice: LaneChoice, s
     bytes_per_token = storage.bytes_per_token
     budget_tokens = None if config.kv_budget_bytes is None else config.kv_budget_bytes // bytes_per_token
     if budget_tokens is not None and budget_tokens < 1:
-        raise ValueError(f"--kv-cache-memory {config.kv_budget_bytes}: one token of this model takes {bytes_per_token} bytes")
+        raise ValueError(
+            f"--kv-cache-memory {config.kv_budget_bytes}: one token of this model takes {bytes_per_token} bytes"
+        )
     longest = config.max_model_len if budget_tokens is None else min(config.max_model_len, budget_tokens)
     capacities = size_classes(min(SMALLEST_SLOT, longest), longest)
     # Twice the running ones: as many ended sequences may be kept for their prefixes.

@@ -3,9 +3,9 @@
 Knows nothing of tensors, models or sampling; no torch here.
 Driven by engine.py: schedule() before a forward, commit() after it.
 
-There is no prefill phase and no decode phase. Every sequence has num_computed_tokens, which chases its num_tokens; a step
-schedules some of the difference. One token left to compute is what others call decode, many are prefill, and a prompt
-cut over several steps, a reused prefix or a preempted sequence that recomputes need no further idea.
+There is no prefill phase and no decode phase. Every sequence has num_computed_tokens, which chases its num_tokens;
+a step schedules some of the difference. One token left to compute is what others call decode, many are prefill, and a
+prompt cut over several steps, a reused prefix or a preempted sequence that recomputes need no further idea.
 """
 
 from __future__ import annotations
@@ -32,17 +32,36 @@ class KVAccounting(Protocol):
     prefix_hits_total: int
 
     @property
-    def num_tokens_used(self) -> int: ...
+    def num_tokens_used(self) -> int:
+        """Token positions that hold something."""
+
     @property
-    def num_tokens_allocated(self) -> int: ...
-    def can_ever_hold(self, num_tokens: int) -> bool: ...
-    def admit(self, sequence: Sequence) -> bool: ...
-    def ensure(self, sequence: Sequence, num_tokens: int) -> bool: ...
-    def commit(self, sequence: Sequence) -> None: ...
-    def free(self, sequence: Sequence, *, can_keep: bool) -> None: ...
-    def take_ops(self) -> list[StorageOp]: ...
-    def give_back(self, max_kept_tokens: int) -> None: ...
-    def check_integrity(self) -> None: ...
+    def num_tokens_allocated(self) -> int:
+        """Token positions that memory is taken for."""
+
+    def can_ever_hold(self, num_tokens: int) -> bool:
+        """Whether a sequence of `num_tokens` fits when it is alone."""
+
+    def admit(self, sequence: Sequence) -> bool:
+        """Take memory for a waiting sequence and set what of it is already computed; False when there is no room."""
+
+    def ensure(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Take memory for a running sequence's first `num_tokens`; False when there is no room."""
+
+    def commit(self, sequence: Sequence) -> None:
+        """Note that the sequence's num_computed_tokens are in memory."""
+
+    def free(self, sequence: Sequence, *, can_keep: bool) -> None:
+        """Take a sequence's memory back; it may stay for its prefix when `can_keep`."""
+
+    def take_ops(self) -> list[StorageOp]:
+        """What storage must do before the next forward."""
+
+    def give_back(self, max_kept_tokens: int) -> None:
+        """Free memory that no running sequence needs."""
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError when the accounts do not add up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +241,7 @@ class Scheduler:
         return num_tokens
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """KV room for all of a running sequence's tokens, at the cost of the youngest; False when it had to go itself."""
+        """Room for all of a running sequence's tokens, at the cost of the youngest; False when it had to go itself."""
         while not self.kv.ensure(sequence, sequence.num_tokens):
             youngest = max(self.running, key=lambda s: (s.priority, s.arrival_time_s))
             self._preempt(youngest)
@@ -242,7 +261,7 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def _output(self, sequence: Sequence, chosen: Chosen | None) -> SequenceOutput:
-        """Append the chosen token and say whether the sequence ends; `chosen` is None when only the prompt was scored."""
+        """Append the chosen token and say whether the sequence ends; without one, only the prompt was scored."""
         finish_reason: FinishReason | None = None
         stop_token_id: int | None = None
         params = sequence.params

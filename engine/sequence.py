@@ -115,7 +115,7 @@ class Sequence:
         arrival_time_s: time.monotonic() of its arrival.
         priority: lower runs first among those waiting.
         cache_salt: keys the prefix cache; sequences of different salts never share KV.
-        deadline_s: time.monotonic() until which it must have entered its first step, or QueueTimeout; None for no limit.
+        deadline_s: time.monotonic() until which it must have entered its first step, or QueueTimeout; None for never.
     """
 
     sequence_id: int

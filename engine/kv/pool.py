@@ -3,8 +3,8 @@
 Knows nothing of tensors, sequences or what a slot holds; no torch here.
 Driven by kv/manager.py; the storage operations it emits are carried out by kv/slots.py, in order.
 
-A slot is a run of token positions for one sequence. Slots of one capacity form an arena: one tensor a layer, so that
-sequences of like lengths are attended to in one call, on views. An arena grows by doubling and is trimmed under pressure:
+A slot is a run of token positions for one sequence. Slots of one capacity form an arena, one tensor a layer, so that
+sequences of like lengths are attended to in one call, on views. An arena doubles to grow and is trimmed under pressure:
 
     capacity 128   [0][1][2][3]         lowest free index first, so that the slots in use stay dense
     capacity 256   [0][1]
@@ -122,9 +122,7 @@ class SlotPool:
                 continue
             keep = tuple(sorted(arena.used))
             ops.append(ResizeArena(capacity, keep, len(keep)))
-            moved.update(
-                {Slot(capacity, old): Slot(capacity, new) for new, old in enumerate(keep) if new != old}
-            )
+            moved.update({Slot(capacity, old): Slot(capacity, new) for new, old in enumerate(keep) if new != old})
             self.num_tokens_allocated -= capacity * (arena.num_slots - len(keep))
             self._arenas[capacity] = _Arena(num_slots=len(keep), used=set(range(len(keep))))
         return moved

@@ -24,9 +24,7 @@ class StateManager:
     prefix_queries_total = 0
     prefix_hits_total = 0
 
-    def __init__(
-        self, *, bytes_fixed: int, bytes_per_token: int, budget_bytes: int | None, max_model_len: int
-    ) -> None:
+    def __init__(self, *, bytes_fixed: int, bytes_per_token: int, budget_bytes: int | None, max_model_len: int) -> None:
         self.bytes_fixed = bytes_fixed
         self.bytes_per_token = bytes_per_token
         self.budget_bytes = budget_bytes

@@ -23,7 +23,7 @@ from engine.model.inputs import Chunk, DecodeGroup, FlatInputs
 
 NAME = "flat_slots"  # what config._attn_implementation holds while the flat lane drives the model
 
-# What a model may hand to attention beyond these would change its result, and is refused: the model is not for this lane.
+# What a model hands to attention beyond these may change its result, and is refused: the model is not for this lane.
 _HARMLESS = frozenset({
     "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
     "is_causal", "output_router_logits", "logits_to_keep", "layer_idx", "past_key_values", "position_embeddings",
@@ -147,7 +147,7 @@ def attend(
 def attend_plain(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, call: AttentionCall
 ) -> torch.Tensor:
-    """The plain twin of `attend`, step by step as transformers' eager attention does it; sinks are [.., .., Tq or 1, 1]."""
+    """The plain twin of `attend`, step by step as transformers' eager attention does; sinks are [.., H, .., 1]."""
     scores = torch.matmul(query, key.transpose(-1, -2)) * call.scaling
     if call.softcap is not None:
         scores = torch.tanh(scores / call.softcap) * call.softcap
@@ -240,7 +240,7 @@ def _causal(
     num_queries, num_kv_heads = query.shape[2], keys.shape[1]
     num_groups = query.shape[1] // num_kv_heads
     # KV heads are the batch here and their query heads the heads, so that K and V serve all of them with a stride of 0.
-    heads = query[0].unflatten(0, (num_kv_heads, num_groups))  # [Hkv, G, Tq, Dk]
+    heads = query[0].view(num_kv_heads, num_groups, num_queries, -1)  # [Hkv, G, Tq, Dk]
     key = keys.transpose(0, 1).unsqueeze(1).expand(-1, num_groups, -1, -1)
     value = values.transpose(0, 1).unsqueeze(1).expand(-1, num_groups, -1, -1)
     if call.softcap is None and call.sinks is None:

@@ -38,10 +38,17 @@ class Runner(Protocol):
 
     name: str
 
-    def apply(self, ops: list[StorageOp]) -> None: ...
-    def forward(self, batch: Batch) -> StepLogits: ...
-    def forget(self, sequence: Sequence) -> None: ...
-    def reset(self) -> None: ...
+    def apply(self, ops: list[StorageOp]) -> None:
+        """Bring storage in line with the accounting."""
+
+    def forward(self, batch: Batch) -> StepLogits:
+        """Compute a batch's tokens."""
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop what is kept for a sequence."""
+
+    def reset(self) -> None:
+        """Drop everything that is kept."""
 
 
 def accepts(model: torch.nn.Module, name: str) -> bool:
@@ -88,9 +95,7 @@ class FlatRunner:
         kwargs: dict[str, Any] = {"logits_to_keep": inputs.logit_rows} if self._keeps_rows else {}
         step = FlatStep(inputs, self.storage)
         with flat_step(step):
-            output = self.model(
-                input_ids=inputs.input_ids, position_ids=inputs.position_ids, use_cache=False, **kwargs
-            )
+            output = self.model(input_ids=inputs.input_ids, position_ids=inputs.position_ids, use_cache=False, **kwargs)
         logits: torch.Tensor = output.logits[0]
         return logits if self._keeps_rows else logits[inputs.logit_rows]
 

@@ -1,14 +1,15 @@
 """Which lane a model takes, found by trying: the flat lane only when it gives the plain forward's logits.
 
 Knows nothing of requests, sampling or memory budgets.
-Called once by engine.py when it is built. Flags of models lie both ways, so none decides here; what a short trial cannot
-see (a position encoding that changes with length, masks that only bite far out) is read from the config and, when in
-doubt, sends the model to the solo lane, which is exact for everything.
+Called once by engine.py when it is built. Flags of models lie both ways, so none decides here; what a short trial
+cannot see (a position encoding that changes with length, masks that only bite far out) is read from the config and,
+when in doubt, sends the model to the solo lane, which is exact for everything.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,7 @@ def choose_lane(model: Any, device: torch.device) -> LaneChoice:
     Mutates:
         the attention implementation in the model's config: ours when flat, what it was when solo.
     """
-    AttentionInterface.register(NAME, flat_attention)  # type: ignore[no-untyped-call]
+    AttentionInterface.register(NAME, flat_attention)
     reason = why_not_flat(model.config)
     if reason is not None:
         return LaneChoice("solo", reason)
@@ -71,7 +72,7 @@ def choose_lane(model: Any, device: torch.device) -> LaneChoice:
         reason = str(refusal)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError, NotImplementedError) as failure:
         # Whatever a model does when driven in a way it was not written for, the answer is the same: not this lane.
-        reason = f"the flat trial raised {type(failure).__name__}: {str(failure).splitlines()[0][:200] if str(failure) else ''}"
+        reason = f"the flat trial raised {type(failure).__name__}: {str(failure).split(chr(10))[0][:200]}"
     else:
         return LaneChoice("flat", f"agrees with the plain forward within {error:.1e}", shapes, error)
     _restore(model, original)
@@ -167,7 +168,11 @@ def _check_windows(text_config: Any, recording: Recording) -> None:
 
 
 def _compare(
-    model: Any, prompts: list[list[int]], expected: list[torch.Tensor], shapes: tuple[LayerShape, ...], device: torch.device
+    model: Any,
+    prompts: list[list[int]],
+    expected: list[torch.Tensor],
+    shapes: tuple[LayerShape, ...],
+    device: torch.device,
 ) -> float:
     """Both prompts interleaved over several steps, in slots, against plain forwards; the largest relative error."""
     storage = SlotStorage(shapes, device)
@@ -205,7 +210,7 @@ def _compare(
     else:
         # In half precision a router may send single tokens elsewhere; the bulk must agree.
         is_good = median <= TOLERANCE_HALF and worst <= 10 * TOLERANCE_HALF
-    if not is_good or worst != worst:
+    if not is_good or math.isnan(worst):
         raise NotFlat(f"the flat trial's logits differ from the plain forward's by {worst:.1e} (median {median:.1e})")
     return worst
 
@@ -226,5 +231,3 @@ def _set_implementation(model: Any, name: str) -> None:
 def _restore(model: Any, implementations: list[tuple[Any, Any]]) -> None:
     for config, name in implementations:
         config._attn_implementation = name
-
-

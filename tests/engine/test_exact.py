@@ -7,7 +7,7 @@ import pytest
 from engine.kv.manager import KVManager
 from engine.kv.pool import SlotPool, size_classes
 from tests import zoo
-from tests.engine.harness import drive, engine_for, greedy, reference, tiny_model, tokens
+from tests.engine.harness import drive, engine_for, greedy, reference, tokens
 
 LENGTHS = (5, 40, 90, 3, 70, 1, 64, 33)
 NUM_TOKENS = 20
@@ -93,11 +93,3 @@ def test_sequences_that_leave_early_disturb_nobody() -> None:
     assert not engine.has_work()
     for number in (1, 3, 4, 5, 7):
         assert got[number] == expected[number]
-
-
-def test_a_rebuilt_engine_restores_what_it_changed_on_a_model_that_runs_solo() -> None:
-    model = tiny_model("falcon")
-    before = model.config._attn_implementation
-    engine = engine_for("falcon")
-    assert engine.lane.name == "solo"
-    assert model.config._attn_implementation == before

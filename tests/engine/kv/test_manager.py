@@ -116,7 +116,7 @@ def test_idle_memory_is_given_back() -> None:
 
 
 class _Shadow:
-    """Storage that holds token ids instead of tensors, to see that every operation is possible and moves the right rows."""
+    """Storage that holds token ids instead of tensors, to see that every operation moves the right rows."""
 
     def __init__(self) -> None:
         self.rows: dict[Slot, list[int]] = {}

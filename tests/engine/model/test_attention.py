@@ -1,0 +1,117 @@
+"""Fast attention over slots agrees with its plain twin, whatever the layout of the step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.kv.pool import ResizeArena, Slot
+from engine.kv.slots import LayerShape, SlotStorage
+from engine.model.attention import (
+    AttentionCall,
+    FlatStep,
+    NotFlat,
+    attend,
+    attend_plain,
+    flat_attention,
+    flat_step,
+)
+from engine.model.inputs import build_inputs
+from engine.scheduler import Batch, ScheduledSequence
+from engine.sequence import SamplingParams, Sequence
+
+HEADS, KV_HEADS, DIM, VALUE_DIM = 6, 2, 8, 12
+DEVICE = torch.device("cpu")
+
+
+def _expected(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """One sequence's attention in float64, head by head and query by query: [T, H, Dv]."""
+    length = key.shape[0]
+    out = torch.zeros(length, HEADS, VALUE_DIM, dtype=torch.float64)
+    for head in range(HEADS):
+        kv_head = head // (HEADS // KV_HEADS)
+        for position in range(length):
+            first = 0 if window is None else max(0, position - window + 1)
+            scores = key[first : position + 1, kv_head].double() @ query[position, head].double() * DIM**-0.5
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[head : head + 1].double()])
+            weights = scores.softmax(0)[: position + 1 - first]
+            out[position, head] = weights @ value[first : position + 1, kv_head].double()
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("has_sinks", [False, True])
+@pytest.mark.parametrize("slots", [(0, 1, 2), (2, 0, 5)])  # dense: one padded call; scattered: row by row
+def test_any_schedule_of_a_batch_gives_plain_attention(
+    window: int | None, softcap: float | None, has_sinks: bool, slots: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    lengths = (11, 9, 10)
+    tensors = [
+        (torch.randn(n, HEADS, DIM), torch.randn(n, KV_HEADS, DIM), torch.randn(n, KV_HEADS, VALUE_DIM))
+        for n in lengths
+    ]
+    sinks = torch.randn(HEADS) if has_sinks else None
+    expected = [_expected(*entry, window, softcap, sinks) for entry in tensors]
+    storage = SlotStorage([LayerShape(KV_HEADS, DIM, VALUE_DIM, torch.float32)], DEVICE)
+    storage.apply([ResizeArena(16, (), 6)])
+    sequences = [Sequence(n, [1] * lengths[n], SamplingParams(max_tokens=1), 0.0) for n in range(3)]
+    # (sequence, start, tokens): whole prompts, cut prompts beside single tokens, single tokens together
+    for step in (
+        [(0, 0, 5), (1, 0, 3)],
+        [(0, 5, 1), (1, 3, 4), (2, 0, 8)],
+        [(0, 6, 1), (1, 7, 1), (2, 8, 1)],
+        [(0, 7, 3)],
+        [(2, 9, 1), (0, 10, 1)],
+    ):
+        batch = Batch(tuple(ScheduledSequence(sequences[n], start, count, count) for n, start, count in step))
+        inputs = build_inputs(batch, lambda s: Slot(16, slots[s.sequence_id]), storage, DEVICE)
+        parts = [
+            tuple(tensor[item.start : item.start + item.num_tokens] for tensor in tensors[item.sequence.sequence_id])
+            for item in inputs.items
+        ]
+        query, key, value = (torch.cat([part[i] for part in parts]).transpose(0, 1)[None] for i in range(3))
+        with flat_step(FlatStep(inputs, storage)):
+            out, _ = flat_attention(
+                torch.nn.Module(), query, key, value, None, sliding_window=window, softcap=softcap, s_aux=sinks
+            )
+        wanted = torch.cat([expected[i.sequence.sequence_id][i.start : i.start + i.num_tokens] for i in inputs.items])
+        torch.testing.assert_close(out[0].double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_kernel_agrees_with_its_plain_twin(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    query, key, value = (torch.randn(3, 2, n, 16).to(dtype) for n in (3, 20, 20))
+    mask = torch.arange(20)[None] < torch.tensor([20, 7, 13])[:, None]
+    call = AttentionCall(0.25, None, None, None)
+    fused = attend(query, key, value, mask[:, None, None], call)
+    plain = attend_plain(query, key, value, mask[:, None, None], call)
+    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+    torch.testing.assert_close(fused, plain, atol=tolerance, rtol=tolerance)
+
+
+def test_what_the_lane_cannot_honour_is_refused() -> None:
+    tensor = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(NotFlat, match="outside a step"):
+        flat_attention(torch.nn.Module(), tensor, tensor, tensor, None)
+    storage = SlotStorage([LayerShape(2, 4, 4, torch.float32)], DEVICE)
+    inputs = build_inputs(Batch(()), lambda _s: Slot(16, 0), storage, DEVICE)
+    with flat_step(FlatStep(inputs, storage)):
+        with pytest.raises(NotFlat, match="mask of its own"):
+            flat_attention(torch.nn.Module(), tensor, tensor, tensor, torch.zeros(1))
+        with pytest.raises(NotFlat, match="'position_bias'"):
+            flat_attention(torch.nn.Module(), tensor, tensor, tensor, None, position_bias=tensor)
+        with pytest.raises(NotFlat, match="not causal"):
+            flat_attention(torch.nn.Module(), tensor, tensor, tensor, None, is_causal=False)
