@@ -8,7 +8,9 @@ from __future__ import annotations
 
 MIN_PROMPT_TOKENS = 16  # progress is promised, however slow the machine
 SMOOTHING = 0.1  # weight of the newest measurement
-MAX_SLOWDOWN = 2.0  # a step with prompt tokens may take this many times a step without
+# A step with prompt tokens may take this many times a step without: below the threefold that readers of a stream notice.
+MAX_SLOWDOWN = 2.5
+MAX_PRESSURE = 4.0  # where more wait for their first token than stream, streams give way, up to this factor
 
 
 class Pacing:
@@ -18,16 +20,18 @@ class Pacing:
         self._stream_step_s: float | None = None
         self._prompt_token_s: float | None = None
 
-    def prompt_tokens(self, budget: int, *, num_streams: int) -> int:
+    def prompt_tokens(self, budget: int, *, num_streams: int, num_prompts: int) -> int:
         """Prompt tokens that the next step may compute, at most `budget`.
 
         With nobody streaming there is nobody to disturb; before anything was measured, the least is allowed.
+        `num_prompts` sequences have prompt tokens left to compute or wait for a place.
         """
         if num_streams == 0:
             return budget
         if self._stream_step_s is None or self._prompt_token_s is None:
             return min(budget, MIN_PROMPT_TOKENS)
-        extra_s = (MAX_SLOWDOWN - 1.0) * self._stream_step_s
+        pressure = min(MAX_PRESSURE, max(1.0, num_prompts / num_streams))
+        extra_s = (MAX_SLOWDOWN - 1.0) * pressure * self._stream_step_s
         return min(budget, max(MIN_PROMPT_TOKENS, int(extra_s / self._prompt_token_s)))
 
     def observe(self, *, num_streams: int, num_prompt_tokens: int, duration_s: float) -> None:

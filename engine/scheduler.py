@@ -184,7 +184,8 @@ class Scheduler:
                 items.append(ScheduledSequence(sequence, sequence.num_computed_tokens, 1, 1))
                 budget -= 1
         items = [item for item in items if item.sequence.state is SequenceState.RUNNING]
-        prompt_budget = self.pacing.prompt_tokens(budget, num_streams=len(items))
+        num_prompts = len(self.running) - len(items) + len(self.waiting)
+        prompt_budget = self.pacing.prompt_tokens(budget, num_streams=len(items), num_prompts=num_prompts)
         in_step = {id(item.sequence) for item in items}
         for sequence in [s for s in self.running if id(s) not in in_step and s not in streams]:
             if prompt_budget <= 0:

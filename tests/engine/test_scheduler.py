@@ -10,7 +10,7 @@ from engine.config import EngineConfig
 from engine.errors import ContextLengthExceeded, QueueTimeout
 from engine.kv.manager import KVManager
 from engine.kv.pool import SlotPool, size_classes
-from engine.pacing import MIN_PROMPT_TOKENS, Pacing
+from engine.pacing import MAX_SLOWDOWN, MIN_PROMPT_TOKENS, Pacing
 from engine.scheduler import AGEING_S, Batch, Chosen, Scheduler
 from engine.sequence import SamplingParams, Sequence, SequenceState
 
@@ -150,10 +150,14 @@ def test_prompt_logits_are_wanted_for_every_token_only_when_the_prompt_is_scored
 
 def test_pacing_lets_prompts_slow_streams_by_a_bounded_factor() -> None:
     pacing = Pacing()
-    assert pacing.prompt_tokens(500, num_streams=0) == 500
-    assert pacing.prompt_tokens(500, num_streams=3) == MIN_PROMPT_TOKENS
+    assert pacing.prompt_tokens(500, num_streams=0, num_prompts=1) == 500
+    assert pacing.prompt_tokens(500, num_streams=3, num_prompts=1) == MIN_PROMPT_TOKENS
     for _ in range(50):
         pacing.observe(num_streams=8, num_prompt_tokens=0, duration_s=0.050)
         pacing.observe(num_streams=8, num_prompt_tokens=100, duration_s=0.150)
-    allowed = pacing.prompt_tokens(500, num_streams=8)
-    assert 45 <= allowed <= 55  # 50 ms more, at 1 ms a token
+    one_prompt = pacing.prompt_tokens(500, num_streams=8, num_prompts=1)
+    assert 50 * (MAX_SLOWDOWN - 1) * 0.9 <= one_prompt <= 50 * (MAX_SLOWDOWN - 1) * 1.1  # at 1 ms a token
+    # Where most people wait for a first token, the few that stream give way.
+    many = pacing.prompt_tokens(500, num_streams=1, num_prompts=3)
+    assert many == pytest.approx(3 * one_prompt, abs=3)
+    assert pacing.prompt_tokens(5000, num_streams=1, num_prompts=90) == pytest.approx(4 * one_prompt, abs=4)
