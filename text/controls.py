@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Iterable
+from itertools import groupby
 from typing import Any
 
 _MAX_DEPTH = 100  # of JSON values; deeper ones would end in Python's recursion limit
@@ -113,9 +114,30 @@ class Marks:
 
 
 def any_of(strings: Iterable[str]) -> re.Pattern[str]:
-    """Matches any of the strings, the longest where several begin at one place; nothing when there are none."""
-    longest_first = sorted(strings, key=lambda string: (-len(string), string))
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    """Matches any of the strings, the longest where several begin at one place; nothing when there are none.
+
+    Shared beginnings are written once: a vocabulary may hold a thousand control tokens, and text many a `<`.
+    """
+    return re.compile(_alternatives(sorted(set(strings))) or "(?!)")
+
+
+def _alternatives(strings: list[str]) -> str:
+    """A pattern for sorted, distinct strings."""
+    if len(strings) < 2:
+        return re.escape("".join(strings))
+    shared = _common_beginning(strings[0], strings[-1])  # sorted: what these share, all share
+    if shared:
+        rests = [string[len(shared) :] for string in strings]
+        is_whole = rests[0] == ""  # one of them ends here; those that go on are tried first
+        return re.escape(shared) + f"(?:{_alternatives(rests[is_whole:])})" + ("?" if is_whole else "")
+    return "|".join(_alternatives(list(group)) for _, group in groupby(strings, key=lambda string: string[0]))
+
+
+def _common_beginning(one: str, other: str) -> str:
+    length = 0
+    while length < min(len(one), len(other)) and one[length] == other[length]:
+        length += 1
+    return one[:length]
 
 
 def _distinctive(strings: Iterable[str]) -> frozenset[str]:

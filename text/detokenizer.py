@@ -147,10 +147,7 @@ class WindowDetokenizer:
             return ""
         self._ids.append(token_id)
         text = self._decode(self._ids)
-        if text == self._context_text and not num_held:  # a token without text is no context for the next
-            self._ids.pop()
-            self.num_complete = self._num_pushed
-            return ""
+        # Nothing new may mean a character begun: some tokenizers in Python leave out unfinished ones.
         is_unfinished = text.endswith(REPLACEMENT) or len(text) <= len(self._context_text)
         if is_unfinished and num_held < _MAX_HELD_TOKENS:
             return ""
@@ -163,8 +160,11 @@ class WindowDetokenizer:
     def _give_out(self, text: str) -> str:
         """The new part of the window's text; what was held becomes the context."""
         new = text[len(self._context_text) :]
+        self.num_complete = self._num_pushed
+        if not new:  # tokens without text are no context for the next
+            del self._ids[self._num_context :]
+            return ""
         del self._ids[: self._num_context]
         self._num_context = len(self._ids)
         self._context_text = self._decode(self._ids)
-        self.num_complete = self._num_pushed
         return new

@@ -159,16 +159,16 @@ class _AliasTokenizer:
             tokenizer.pre_tokenizer = backend.pre_tokenizer
         names: dict[str, str] = {}
         ids: dict[int, int | None] = {}
-        added: list[tuple[str, int | None, AddedToken]] = [(breaker, None, AddedToken(breaker, normalized=False))]
+        added: list[tuple[int | None, AddedToken]] = [(None, AddedToken(breaker, normalized=False))]
         for token_id, token in sorted(backend.get_added_tokens_decoder().items()):
             name = token.content
             if name in controls.all:
                 name = names[token.content] = f"a{nonce}x{token_id}a"
-            added.append((name, token_id, _renamed(token, name)))
-        for name, meant_id, token in added:
-            is_known = backend.model.token_to_id(name) is not None
-            tokenizer.add_tokens([token])
-            new_id = tokenizer.token_to_id(name)
+            added.append((token_id, _renamed(token, name)))
+        tokenizer.add_tokens([token for _, token in added])
+        for meant_id, token in added:
+            new_id = tokenizer.token_to_id(token.content)
+            is_known = backend.model.token_to_id(token.content) is not None
             if new_id is None or (not is_known and backend.model.id_to_token(new_id) is not None):
                 return None
             ids[new_id] = meant_id

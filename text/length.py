@@ -72,6 +72,6 @@ def _has_token_for_everything(backend: Tokenizer, steps: list[dict[str, Any]]) -
     kind = type(model).__name__
     if kind == "BPE" and any(step["type"] == "ByteLevel" for step in steps):
         return all(model.token_to_id(char) is not None for char in byte_alphabet())
-    if kind in ("BPE", "Unigram") and model.byte_fallback:
+    if kind == "BPE" and model.byte_fallback:
         return all(model.token_to_id(f"<0x{byte:02X}>") is not None for byte in range(256))
     return False

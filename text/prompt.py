@@ -60,14 +60,19 @@ class PromptEncoder:
         """
         return self._max_chars_per_token is not None and num_chars > self._max_model_len * self._max_chars_per_token
 
-    def encode_text(self, text: str, *, param: str = "prompt") -> list[int]:
+    def encode_text(self, text: str, *, param: str = "prompt", is_truncated: bool = False) -> list[int]:
         """Ids of plain text, with what the tokenizer puts around one (BOS).
 
+        Args:
+            text: no string in it is a control token.
+            param: the wire field that errors name.
+            is_truncated: whether the caller cuts the ids to fit, so that no text is too long.
         Raises:
             PromptError: it is not valid Unicode, or PromptTooLong.
         """
-        self._check_length(text, param)
         _check_unicode(text, param)
+        if not is_truncated:
+            self._check_length(text, param)
         return self._encoder.encode_text(text)
 
     def encode_chat(
@@ -78,6 +83,7 @@ class PromptEncoder:
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         template_kwargs: dict[str, Any] | None = None,
+        is_truncated: bool = False,
     ) -> list[int]:
         """Ids of a conversation.
 
@@ -87,6 +93,7 @@ class PromptEncoder:
             continue_final_message: whether the last message is left open for the model to go on with.
             tools: as on the wire.
             template_kwargs: more variables for the template.
+            is_truncated: whether the caller cuts the ids to fit, so that no conversation is too long.
         Raises:
             PromptError: the messages are not what this model takes, or PromptTooLong.
         """
@@ -111,8 +118,9 @@ class PromptEncoder:
             tools=tools,
             kwargs=kwargs,
         )
-        self._check_length(text, "messages")
         _check_unicode(text, "messages")
+        if not is_truncated:
+            self._check_length(text, "messages")
         if not self.has_chat_template:
             return self._encoder.encode_text("".join(marks.split(text)))
         return self._encoder.encode_rendered(text, marks)

@@ -83,7 +83,7 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def _decoder_facts(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """The decoder's steps, outermost first: a name, or (name, its settings) where settings matter."""
+    """The decoder's steps, first to last: a name, or (name, its settings) where settings matter."""
     if not tokenizer.is_fast or tokenizer.backend_tokenizer.decoder is None:
         return []
     state = json.loads(tokenizer.backend_tokenizer.decoder.__getstate__())
@@ -97,8 +97,8 @@ def _piece_reader(tokenizer: PreTrainedTokenizerBase, decoder: list[Any]) -> Cal
     if "ByteLevel" in decoder or hasattr(tokenizer, "byte_decoder"):
         return _read_byte_level
     if "WordPiece" in settings:
-        prefix = str(settings["WordPiece"]["prefix"])
-        return lambda piece: (piece.removeprefix(prefix) if piece.startswith(prefix) else " " + piece).encode()
+        # After another word: alone, a piece would lose the space before it.
+        return lambda piece: str(tokenizer.backend_tokenizer.decoder.decode(["a", piece])).removeprefix("a").encode()
     if "BPEDecoder" in settings:
         suffix = str(settings["BPEDecoder"]["suffix"])
         return lambda piece: (piece.removesuffix(suffix) + " " if piece.endswith(suffix) else piece).encode()
