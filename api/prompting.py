@@ -39,6 +39,7 @@ async def chat_ids(manager: ModelManager, body: ChatCompletionRequest, truncate:
         add_generation_prompt=adds_prompt,
         continue_final_message=is_continued,
         template_kwargs=_template_kwargs(body),
+        is_truncated=truncate is not None,
     )
     return _kept(await _encode(encode, _num_chars(messages)), "messages", truncate)
 
@@ -50,7 +51,8 @@ async def completion_ids(manager: ModelManager, prompt: str | list[int], truncat
         CallerError, PromptError: it is empty, far too long, or has ids outside the vocabulary.
     """
     if isinstance(prompt, str):
-        ids = await _encode(functools.partial(manager.prompts.encode_text, prompt), len(prompt))
+        encode = functools.partial(manager.prompts.encode_text, prompt, is_truncated=truncate is not None)
+        ids = await _encode(encode, len(prompt))
     else:
         check_token_ids(prompt, manager.info.vocab_size, "prompt")
         ids = prompt

@@ -43,7 +43,7 @@ def normalize_messages(messages: list[dict[str, Any]], traits: TemplateTraits) -
     """
     if not messages:
         raise PromptError("messages must hold at least one message", "messages")
-    return [_normalize(message, f"messages.{index}", traits) for index, message in enumerate(messages)]
+    return [_normalize(message, f"messages[{index}]", traits) for index, message in enumerate(messages)]
 
 
 def _normalize(message: dict[str, Any], param: str, traits: TemplateTraits) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def _normalize(message: dict[str, Any], param: str, traits: TemplateTraits) -> d
     calls = result.pop("tool_calls", None)
     if calls:
         result["tool_calls"] = [
-            _normalize_call(call, f"{param}.tool_calls.{index}") for index, call in enumerate(calls)
+            _normalize_call(call, f"{param}.tool_calls[{index}]") for index, call in enumerate(calls)
         ]
     content = flatten_content(message.get("content"), f"{param}.content")
     if content is None:
@@ -90,7 +90,7 @@ def flatten_content(content: Any, param: str) -> str | None:
         return content
     if not isinstance(content, list):
         raise PromptError("content must be a string, null or a list of parts", param)
-    return "".join(_part_text(part, f"{param}.{index}") for index, part in enumerate(content))
+    return "".join(_part_text(part, f"{param}[{index}]") for index, part in enumerate(content))
 
 
 def _part_text(part: Any, param: str) -> str:

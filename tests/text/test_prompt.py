@@ -228,7 +228,7 @@ def test_a_function_is_a_tool_where_the_template_knows_tools() -> None:
 def test_an_unknown_role_is_named() -> None:
     with pytest.raises(PromptError, match="'robot' is not one of") as caught:
         shown([*user("a"), {"role": "robot", "content": "x"}], ROLES)
-    assert caught.value.param == "messages.1.role"
+    assert caught.value.param == "messages[1].role"
 
 
 def test_parts_are_joined_as_they_are_and_null_is_empty() -> None:
@@ -242,7 +242,7 @@ def test_a_part_that_is_no_text_is_named() -> None:
     part = {"type": "image_url", "image_url": {"url": "x"}}
     with pytest.raises(PromptError, match="'image_url' is not text") as caught:
         shown(user([{"type": "text", "text": "a"}, part]), ROLES)
-    assert caught.value.param == "messages.0.content.1.type"
+    assert caught.value.param == "messages[0].content[1].type"
 
 
 @pytest.mark.parametrize("content", [3, {"a": 1}, [{"type": "text"}], [{"type": "text", "text": 1}], [None]])
@@ -282,7 +282,7 @@ def test_arguments_that_are_no_json_object_are_refused(arguments: Any) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
     with pytest.raises(PromptError, match="arguments") as caught:
         shown([*user("a"), {"role": "assistant", "tool_calls": [call]}], ROLES)
-    assert caught.value.param == "messages.1.tool_calls.0.function.arguments"
+    assert caught.value.param == "messages[1].tool_calls[0].function.arguments"
 
 
 def test_empty_tool_calls_and_nulls_are_as_if_not_there() -> None:
