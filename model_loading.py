@@ -17,11 +17,10 @@ from config import Settings, StartupError
 from engine.config import EngineConfig
 
 if TYPE_CHECKING:
-    from text.prompt import PromptEncoder
-
     from engine.engine import Engine
     from engine.model.loader import LoadedModel
     from engine_thread import StepEngine
+    from text.prompt import PromptEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +87,7 @@ def load_model_stack(settings: Settings, progress: Progress) -> LoadedStack:
     """
     source = _source(settings)
     progress("importing torch and transformers", None)
+    from text.errors import TokenizerError
     from text.prompt import PromptEncoder
     from text.tokenizer import load_tokenizer
 
@@ -105,12 +105,12 @@ def load_model_stack(settings: Settings, progress: Progress) -> LoadedStack:
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
         )
-    except (OSError, ValueError, ImportError, AttributeError, KeyError) as error:
-        raise StartupError(f"the tokenizer of {source} cannot be loaded: {_first_line(error)}") from error
-    loaded = _load_model(settings, source, device, progress)
-    config = _engine_config(settings, loaded, device)
+        loaded = _load_model(settings, source, device, progress)
+        config = _engine_config(settings, loaded, device)
+        prompts = PromptEncoder(tokenizer, max_model_len=config.max_model_len)
+    except TokenizerError as error:
+        raise StartupError(_first_line(error)) from error
     engine = _build_engine(loaded, config, progress)
-    prompts = PromptEncoder(tokenizer, max_model_len=config.max_model_len)
     return LoadedStack(engine, prompts, tokenizer, _info(settings, loaded, config, engine))
 
 

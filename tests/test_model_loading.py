@@ -1,0 +1,154 @@
+"""From settings to a stack, with a real tiny checkpoint; and every reason not to start, in one line."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import model_loading
+from config import Settings, StartupError
+from engine.sequence import SamplingParams, Sequence
+from hardware import free_memory_bytes
+from model_loading import MAX_BATCH_TOKENS_CPU, load_model_stack
+from tests.checkpoints import write_checkpoint
+from tests.zoo import generate
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("tiny"), max_position_embeddings=512)
+
+
+def ignore(doing: str, share: float | None) -> None:
+    pass
+
+
+def settings_of(checkpoint: Path | str, **options: Any) -> Settings:
+    return Settings(**{"hf_model": str(checkpoint), "accelerator_type": "cpu", "torch_dtype": "float32", **options})
+
+
+def test_a_checkpoint_becomes_an_engine_that_generates_what_the_model_does(checkpoint: Path) -> None:
+    news: list[str] = []
+    stack = load_model_stack(settings_of(checkpoint), lambda doing, share: news.append(doing))
+    prompt = stack.prompts.encode_text("hello")
+    stack.engine.add(Sequence(0, prompt, SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True), 0.0))
+    tokens: list[int] = []
+    while stack.engine.has_work():
+        tokens += [token for output in stack.engine.step() for token in output.token_ids]
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    assert tokens == generate(model, prompt, 12)
+    info = stack.info
+    assert info.name == str(checkpoint)
+    assert (info.architecture, info.dtype, info.device, info.lane) == ("LlamaForCausalLM", "float32", "cpu", "flat")
+    assert info.max_model_len == 512
+    assert info.eos_token_ids == {stack.tokenizer.eos_token_id}
+    assert info.num_parameters == sum(p.numel() for p in model.parameters())
+    # Keys and values of two layers with two heads of 16 numbers, four bytes each.
+    assert info.kv_bytes_per_token == 2 * 2 * 2 * 16 * 4
+    assert 0 < info.kv_budget_bytes < free_memory_bytes() * 1.5
+    assert any("tokenizer" in line for line in news) and any("weights" in line for line in news)
+
+
+def test_limits_reach_the_engine(checkpoint: Path) -> None:
+    options: dict[str, Any] = {
+        "max_model_len": 100,
+        "kv_cache_memory": 2**20,
+        "max_batch_tokens": 64,
+        "continuous_batching_batch_size": 5,
+        "prefix_caching": False,
+    }
+    stack = load_model_stack(settings_of(checkpoint, **options), ignore)
+    config = stack.engine.config  # type: ignore[attr-defined]
+    assert (config.max_model_len, config.kv_budget_bytes, config.max_batch_tokens) == (100, 2**20, 64)
+    assert (config.max_num_seqs, config.is_prefix_caching) == (5, False)
+    assert stack.info.max_model_len == 100 and stack.info.kv_budget_bytes == 2**20
+
+
+def test_a_step_has_room_for_every_sequence_by_default(checkpoint: Path) -> None:
+    large = MAX_BATCH_TOKENS_CPU + 1
+    stack = load_model_stack(settings_of(checkpoint, continuous_batching_batch_size=large), ignore)
+    assert stack.engine.config.max_batch_tokens == large  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_no_cuda_is_a_warning_by_default_and_an_error_when_asked_for(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    defaults = Settings(hf_model=str(checkpoint), torch_dtype="float32")
+    with caplog.at_level(logging.WARNING):
+        assert load_model_stack(defaults, ignore).info.device == "cpu"
+    assert "running on the CPU" in caplog.text
+    with pytest.raises(StartupError, match="--accelerator-type cuda"):
+        load_model_stack(settings_of(checkpoint, accelerator_type="cuda"), ignore)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"torch_dtype": "float16"}, "--torch-dtype float16: should be bfloat16 or float32"),
+        ({"max_model_len": 513}, r"--max-model-len 513: should be at most the model's positions \(512\)"),
+        ({"kv_cache_memory": 2**60}, f"--kv-cache-memory {2**60}: should be at most"),
+        ({"kv_cache_memory": 1}, "--kv-cache-memory 1: "),
+        ({"revision": "v2"}, "--revision v2: .* is a local directory"),
+        ({"model_type": "NoSuchClass"}, "--model-type NoSuchClass"),
+        ({"model_type": "no.such.Class"}, "--model-type no.such.Class"),
+        ({"tokenizer_type": "NoSuchTokenizer"}, "--tokenizer-type NoSuchTokenizer"),
+        ({"hf_model": "demo-t5"}, "--hf-model demo-t5"),
+        ({"hf_model": "demo-whisper"}, "--hf-model demo-whisper"),
+        ({"hf_model": "/no/such/directory"}, "/no/such/directory"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(options: dict[str, Any], words: str, checkpoint: Path) -> None:
+    with pytest.raises(StartupError, match=words) as refused:
+        load_model_stack(settings_of(checkpoint, **options), ignore)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_encoder_decoder_is_refused_before_its_weights_are_loaded(tmp_path: Path) -> None:
+    AutoConfig.for_model("t5").save_pretrained(tmp_path)  # no weights at all
+    with pytest.raises(StartupError, match="t5 is an encoder-decoder"):
+        load_model_stack(settings_of(tmp_path), ignore)
+
+
+def test_a_float16_checkpoint_is_refused_by_auto_on_the_cpu(tmp_path: Path) -> None:
+    AutoConfig.for_model("llama", dtype="float16").save_pretrained(tmp_path)
+    with pytest.raises(StartupError, match="--torch-dtype auto: the checkpoint is float16"):
+        load_model_stack(settings_of(tmp_path, torch_dtype="auto"), ignore)
+
+
+def test_auto_follows_the_checkpoint(checkpoint: Path) -> None:
+    assert load_model_stack(settings_of(checkpoint, torch_dtype="auto"), ignore).info.dtype == "float32"
+
+
+def test_pickled_weights_are_never_read(checkpoint: Path, tmp_path: Path) -> None:
+    for path in checkpoint.iterdir():
+        if path.suffix == ".json":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(StartupError, match="safetensors"):
+        load_model_stack(settings_of(tmp_path), ignore)
+
+
+def test_what_the_checkpoint_recommends_is_kept(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, max_position_embeddings=128)
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"temperature": 0.6, "top_k": 20, "do_sample": true, "eos_token_id": [3, 5]}')
+    info = load_model_stack(settings_of(tmp_path), ignore).info
+    assert info.generation_defaults == {"temperature": 0.6, "top_k": 20}
+    assert info.eos_token_ids == {3, 5}
+
+
+def test_demo_is_the_model_beside_main(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(model_loading.DEMO_MODELS, "demo", checkpoint)
+    assert load_model_stack(settings_of("demo"), ignore).info.name == "demo"
+    monkeypatch.setitem(model_loading.DEMO_MODELS, "demo", checkpoint / "missing")
+    with pytest.raises(StartupError, match=r"--hf-model demo: .* is missing"):
+        load_model_stack(settings_of("demo"), ignore)
+    with pytest.raises(StartupError, match="--revision v1"):
+        load_model_stack(settings_of("demo", revision="v1"), ignore)
