@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -204,7 +204,7 @@ class ModelManager:
             raise NotServing("the server is shutting down")
         self._loaded_stack()
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[SequenceOutput]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[SequenceOutput, None]:
         """Runs one sequence and yields what its steps make; closing the iterator frees everything at once.
 
         Yields:
