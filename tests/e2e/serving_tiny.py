@@ -74,9 +74,7 @@ def save_tiny(name: str, directory: Path, *, max_positions: int | None = None) -
 
 
 @contextlib.contextmanager
-def serve_tiny(
-    name: str, directory: Path, *, max_positions: int | None = None, **options: Any
-) -> Iterator[TinyServer]:
+def serve_tiny(name: str, directory: Path, *, max_positions: int | None = None, **options: Any) -> Iterator[TinyServer]:
     """Serve the zoo's model in float32 until the block ends."""
     path = save_tiny(name, directory, max_positions=max_positions)
     fields = {"torch_dtype": "float32", "shutdown_timeout": 2, "max_model_len": 256, **options}
