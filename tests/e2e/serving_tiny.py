@@ -1,4 +1,4 @@
-"""The whole server around a tiny random model: real loading from safetensors, real engine, real HTTP on a port of its own.
+"""The whole server around a tiny random model: real loading, real engine, real HTTP on a port of its own.
 
 Knows nothing of what the tests ask.
 Called by the end-to-end tests.

@@ -100,7 +100,7 @@ def _mixed_body(number: int, rng: random.Random) -> tuple[str, Any]:
 
 
 def test_mixed_traffic_meets_no_unexpected_fault(checkpoints: Path) -> None:
-    rng = random.Random(7)  # noqa: S311
+    rng = random.Random(7)
     statuses: Counter[int] = Counter()
     with serve_tiny("llama", checkpoints, max_concurrent=40) as server:
 
@@ -147,7 +147,7 @@ def test_health_answers_while_a_long_prompt_is_computed(checkpoints: Path) -> No
             done.set()
 
         thread = threading.Thread(target=prefill)
-        delays = []
+        delays: list[float] = []
         with httpx.Client() as client:
             client.get(f"{server.url}/health")
             thread.start()
