@@ -89,6 +89,7 @@ class Server(uvicorn.Server):
                 server_header=False,
                 lifespan="on",
                 ws="none",
+                loop="asyncio",  # the same on all systems, whatever else is installed
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=LAST_BYTES_S,
             )
