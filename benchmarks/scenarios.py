@@ -7,13 +7,16 @@ Called by benchmarks/serve.py and benchmarks/compare.py.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.prompts import PromptSource
 from benchmarks.report import percentile
-from benchmarks.sse_client import StreamResult, stream_completion
+from benchmarks.sse_client import RequestFailed, StreamResult, stream_completion
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,12 +191,20 @@ SCENARIOS: dict[str, Scenario] = {
 }
 
 
-async def run_scenarios(target: Target, names: Sequence[str]) -> list[ScenarioResult]:
-    """Warm the server up, then run the scenarios one after the other, each given at most ten minutes."""
+async def run_scenarios(
+    target: Target, names: Sequence[str], on_result: Callable[[ScenarioResult], None], *, timeout_s: float = 300
+) -> list[ScenarioResult]:
+    """Warm the server up, then run the scenarios one after the other; what fails or takes too long is left out."""
     await target.ask(target.prompts.make(16), 8)
     results = []
     for name in names:
-        async with asyncio.timeout(600):
-            results.append(await SCENARIOS[name](target))
+        try:
+            async with asyncio.timeout(timeout_s):
+                result = await SCENARIOS[name](target)
+        except (RequestFailed, TimeoutError, OSError) as failure:
+            logger.warning("%s: %s", name, failure or f"not done in {timeout_s:.0f} s")
+            continue
+        results.append(result)
+        on_result(result)
         await asyncio.sleep(0.5)
     return results

@@ -39,6 +39,11 @@ def results_table(results: Sequence[ScenarioResult]) -> str:
     return "\n".join([table(HEADER, rows), "", *details])
 
 
+def report_progress(result: ScenarioResult) -> None:
+    """One line to standard error as soon as a scenario is done."""
+    sys.stderr.write(f"{result.name}: {result.tokens_per_s:.1f} tokens/s, wall {result.wall_s:.1f} s\n")
+
+
 def main() -> None:
     """Measure the server that the command line names."""
     parser = argparse.ArgumentParser(description="Load a running OpenAI-compatible server and measure it.")
@@ -51,6 +56,7 @@ def main() -> None:
     parser.add_argument("--api-key", default="none")
     parser.add_argument("--length-scale", type=float, default=1.0, help="factor on output lengths (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other prompts (default: 0)")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds a scenario may take (default: 300)")
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
     target = Target(
@@ -62,7 +68,7 @@ def main() -> None:
         extra={"ignore_eos": True} if arguments.ignore_eos else {},
         length_scale=arguments.length_scale,
     )
-    results = asyncio.run(run_scenarios(target, arguments.scenarios))
+    results = asyncio.run(run_scenarios(target, arguments.scenarios, report_progress, timeout_s=arguments.timeout))
     sys.stdout.write(results_table(results) + "\n")
     if arguments.json:
         arguments.json.write_text(json.dumps([dataclasses.asdict(r) for r in results], indent=1) + "\n")
