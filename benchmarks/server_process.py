@@ -1,0 +1,130 @@
+"""Starts a server as a child process, waits until it answers, watches its memory and CPU, and ends it.
+
+Knows nothing of what is measured over HTTP; memory and CPU are read from /proc, so they are None but on Linux.
+Called by benchmarks/compare.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from benchmarks.sse_client import RequestFailed, get_status, stream_completion
+
+START_TIMEOUT_S = 600
+END_TIMEOUT_S = 20
+
+
+class ServerFailed(Exception):
+    """The server ended or never answered; the message says where its log is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that answers completions."""
+
+    base_url: str
+    pid: int
+    startup_s: float
+
+    def memory_bytes(self) -> tuple[int, int] | None:
+        """Resident memory of the process and its children: now, and at most so far."""
+        now = peak = 0
+        for pid in _tree(self.pid):
+            lines = _proc(pid, "status").splitlines()
+            fields = {key: value for key, _, value in (line.partition(":") for line in lines)}
+            now += int(fields.get("VmRSS", "0").split()[0]) * 1024
+            peak += int(fields.get("VmHWM", "0").split()[0]) * 1024
+        return (now, peak) if now else None
+
+    async def idle_cpu_share(self, duration_s: float = 5.0) -> float | None:
+        """Share of one core that it uses while nobody asks anything."""
+        before = self._cpu_s()
+        await asyncio.sleep(duration_s)
+        after = self._cpu_s()
+        return None if before is None or after is None else (after - before) / duration_s
+
+    def _cpu_s(self) -> float | None:
+        stats = [_proc(pid, "stat").rpartition(")")[2].split() for pid in _tree(self.pid)]
+        ticks = [int(fields[11]) + int(fields[12]) for fields in stats if fields]
+        return sum(ticks) / os.sysconf("SC_CLK_TCK") if ticks else None
+
+
+@asynccontextmanager
+async def running_server(command: str, model: Path, log: Path) -> AsyncIterator[Server]:
+    """Run `command`, with {model} and {port} filled in, until the block ends.
+
+    Raises:
+        ServerFailed: it did not answer a completion in time.
+    """
+    port = _free_port()
+    argv = shlex.split(command.format(model=model, port=port))
+    base_url = f"http://127.0.0.1:{port}/v1"
+    with log.open("wb") as output:
+        process = _start(argv, output)
+        started_s = time.perf_counter()
+        try:
+            await _until_it_answers(process, base_url, str(model), log)
+            yield Server(base_url, process.pid, time.perf_counter() - started_s)
+        finally:
+            await asyncio.to_thread(_end, process)
+
+
+def _start(argv: list[str], output: IO[bytes]) -> subprocess.Popen[bytes]:
+    # A session of its own, so that its workers can be ended with it.
+    return subprocess.Popen(argv, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+async def _until_it_answers(process: subprocess.Popen[bytes], base_url: str, model: str, log: Path) -> None:
+    deadline_s = time.perf_counter() + START_TIMEOUT_S
+    body = {"model": model, "prompt": "Hello", "max_tokens": 2, "temperature": 0}
+    while time.perf_counter() < deadline_s:
+        if process.poll() is not None:
+            raise ServerFailed(f"the server ended with exit code {process.returncode}; see {log}")
+        try:
+            if await get_status(base_url + "/models") == 200:
+                await stream_completion(base_url, body)
+                return
+        except (OSError, RequestFailed, asyncio.IncompleteReadError):
+            pass  # not listening or still loading
+        await asyncio.sleep(0.5)
+    raise ServerFailed(f"the server did not answer within {START_TIMEOUT_S} s; see {log}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(END_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _tree(pid: int) -> list[int]:
+    """A process and its descendants."""
+    children = [int(child) for child in _proc(pid, f"task/{pid}/children").split()]
+    return [pid, *(descendant for child in children for descendant in _tree(child))]
+
+
+def _proc(pid: int, name: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text(encoding="utf-8")
+    except OSError:
+        return ""
