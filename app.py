@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -59,11 +60,14 @@ def create_app(settings: Settings, manager: ModelManager | None = None) -> FastA
         openapi_url=None,
         redirect_slashes=False,
     )
-    app.state.parts = Parts(settings, manager)
+    routers = (catalog.router, chat.router, completions.router)
+    routes = [route for router in (catalog.open_router, *routers) for route in router.routes]
+    paths = [PREFIXES[0] + route.path for route in routes if isinstance(route, APIRoute) and route.path != "/"]
+    app.state.parts = Parts(settings, manager, paths)
     for prefix in PREFIXES:
         app.include_router(catalog.open_router, prefix=prefix)
-        for part in (catalog, chat, completions):
-            app.include_router(part.router, prefix=prefix, dependencies=[Depends(check_key)])
+        for router in routers:
+            app.include_router(router, prefix=prefix, dependencies=[Depends(check_key)])
     return app
 
 

@@ -96,6 +96,10 @@ class GenerationFields(WireModel):
     return_token_ids: bool | None = None
 
 
+_MetadataKey = Annotated[str, Field(max_length=64)]
+_MetadataValue = Annotated[str, Field(max_length=512)]
+
+
 class ChatCompletionRequest(GenerationFields):
     """POST /chat/completions."""
 
@@ -103,7 +107,7 @@ class ChatCompletionRequest(GenerationFields):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[_MetadataKey, _MetadataValue], Field(max_length=16)] | None = None
     safety_identifier: str | None = None
     reasoning_effort: str | None = None
     verbosity: str | None = None

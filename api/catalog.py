@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
@@ -42,16 +42,15 @@ async def ready(parts: UsesParts) -> Response:
 
 
 @router.get("/")
-async def root(request: Request, parts: UsesParts) -> Response:
+async def root(parts: UsesParts) -> Response:
     """What this is, and where to go."""
-    paths = {route.path for route in request.app.routes if hasattr(route, "path")}
     return JSONResponse(
         {
             "name": "transformers-openai-api",
             "version": VERSION,
             "model": parts.settings.model_name,
             "status": parts.manager.state,
-            "endpoints": sorted(path for path in paths if path.startswith("/v1/") and path != "/v1/"),
+            "endpoints": parts.endpoints,
         }
     )
 

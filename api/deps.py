@@ -34,11 +34,13 @@ class Parts:
     Args:
         settings: the options.
         manager: the way to the model.
+        endpoints: where it can be asked for something.
     """
 
-    def __init__(self, settings: Settings, manager: ModelManager) -> None:
+    def __init__(self, settings: Settings, manager: ModelManager, endpoints: list[str]) -> None:
         self.settings = settings
         self.manager = manager
+        self.endpoints = endpoints
         self.metrics = Metrics(manager)
         self.created = int(time.time())
         # Makes the seeds of requests without one, repeatable with --seed.

@@ -150,8 +150,9 @@ def from_validation(error: ValidationError) -> CallerError:
 def _first_mistake(mistakes: Any) -> CallerError:
     first = mistakes[0]
     # Tags of unions begin with a bar, and FastAPI says `body` first: neither is a field.
-    path = [part for part in first["loc"] if not str(part).startswith("|") and part != "body"]
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".") or None
+    path = [part for part in first["loc"] if not str(part).startswith("|") and part not in ("body", "[key]")]
+    names = (f"[{part}]" if isinstance(part, int) else f".{part[:MAX_SHOWN]}" for part in path)
+    param = "".join(names).removeprefix(".") or None
     rule = first["msg"].removeprefix("Value error, ")
     if first["type"] in ("json_invalid", "missing") or param is None:
         where = "the body" if param is None else param

@@ -156,11 +156,13 @@ class ScriptedEngine:
         self.running.clear()
 
 
-def stack(engine: ScriptedEngine, tokenizer: Any) -> Callable[[Settings, Progress], LoadedStack]:
+def stack(
+    engine: ScriptedEngine, tokenizer: Any, *, max_model_len: int = MAX_MODEL_LEN
+) -> Callable[[Settings, Progress], LoadedStack]:
     """What a ModelManager loads instead of a model."""
 
     def load(settings: Settings, progress: Progress) -> LoadedStack:
-        prompts = PromptEncoder(tokenizer, max_model_len=MAX_MODEL_LEN)
+        prompts = PromptEncoder(tokenizer, max_model_len=max_model_len)
         info = ModelInfo(
             name=settings.model_name,
             architecture="ScriptedForCausalLM",
@@ -168,7 +170,7 @@ def stack(engine: ScriptedEngine, tokenizer: Any) -> Callable[[Settings, Progres
             device="cpu",
             lane="solo",
             lane_reason="scripted",
-            max_model_len=MAX_MODEL_LEN,
+            max_model_len=max_model_len,
             vocab_size=len(tokenizer),
             eos_token_ids=frozenset({tokenizer.eos_token_id}),
             kv_budget_bytes=4,
