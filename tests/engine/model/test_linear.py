@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,6 +131,19 @@ def test_plain_weights_are_freed() -> None:
     assert not hasattr(plain, "weight") and parameter is not None
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks at what this process has mapped")
+def test_the_checkpoint_is_not_kept_mapped_for_the_little_that_stays_plain(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    embedding = model.get_input_embeddings().weight
+    before = embedding.detach().clone()
+    prepack_linears(model, max_extra_bytes=0)
+    gc.collect()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert torch.equal(embedding, before)
+    assert model.lm_head.weight is embedding
+
+
 class _Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -223,7 +238,7 @@ def tiny(kind: str) -> Any:
     if kind == "llama":
         config = LlamaConfig(
             vocab_size=160, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.12,
+            num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.12, attention_bias=True,
         )  # fmt: skip
         return LlamaForCausalLM(config).bfloat16().eval()
     return GPT2LMHeadModel(GPT2Config(vocab_size=160, n_embd=64, n_layer=2, n_head=4, n_positions=64)).bfloat16().eval()
