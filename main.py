@@ -28,7 +28,6 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     signal.signal(signal.SIGINT, _leave)
     # Imported here, so that --help and mistakes are answered at once.
     from app import create_app
-
     from model_manager import ModelManager
     from serving import Server, bind
 
@@ -39,11 +38,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     manager = ModelManager(settings)
     server = Server(create_app(settings, manager), manager, settings)
     server.run(sockets)
-    exit_code = 0 if server.failure is None else _fail(server.failure)
-    if not manager.has_ended:
-        # Loading cannot be interrupted, and an interpreter that tears itself down under it may crash.
-        os._exit(exit_code)
-    return exit_code
+    return 0 if server.failure is None else _fail(server.failure)
 
 
 def _set_up_logging(level: str) -> None:
@@ -65,4 +60,7 @@ def _fail(error: BaseException) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], os.environ))
+    exit_code = main(sys.argv[1:], os.environ)
+    logging.shutdown()
+    # Python would take down torch's modules one by one, for seconds, and might crash if a model is still being loaded.
+    os._exit(exit_code)
