@@ -38,7 +38,7 @@ async def create_completion(
     plan = completion_plan(body, manager.info.vocab_size)
     prompts = _prompts(body)
     check_num_sequences(len(prompts), plan.num_choices)
-    all_ids = [await completion_ids(manager, prompt, plan.truncate) for prompt in prompts]
+    all_ids = await completion_ids(manager, prompts, plan.truncate)
     choices = make_choices(request, parts, plan, all_ids, cache_salt=salt, param="prompt")
     echoes = (
         [_echo(parts, prompt, ids, plan.truncate) for prompt, ids in zip(prompts, all_ids, strict=True)]

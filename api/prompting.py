@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence as Series
+from typing import Any, TypeVar
 
 from api.bounds import check_token_ids
 from engine.errors import InvalidValue, UnsupportedParameter
 from model_manager import ModelManager
 from models import ChatCompletionRequest
 
+T = TypeVar("T")
 # Longer than this takes more than a few milliseconds, which every stream of the server would feel.
 MAX_INLINE_CHARS = 20_000
 # Parts of messages that exist elsewhere, but hold what a text model cannot read.
@@ -44,19 +46,26 @@ async def chat_ids(manager: ModelManager, body: ChatCompletionRequest, truncate:
     return _kept(await _encode(encode, _num_chars(messages)), "messages", truncate)
 
 
-async def completion_ids(manager: ModelManager, prompt: str | list[int], truncate: int | None) -> list[int]:
-    """The ids of one prompt of a text completion.
+async def completion_ids(
+    manager: ModelManager, prompts: Series[str | list[int]], truncate: int | None
+) -> list[list[int]]:
+    """The ids of each prompt of a text completion.
 
     Raises:
-        CallerError, PromptError: it is empty, far too long, or has ids outside the vocabulary.
+        CallerError, PromptError: one is empty, far too long, or has ids outside the vocabulary.
     """
-    if isinstance(prompt, str):
-        encode = functools.partial(manager.prompts.encode_text, prompt, is_truncated=truncate is not None)
-        ids = await _encode(encode, len(prompt))
-    else:
-        check_token_ids(prompt, manager.info.vocab_size, "prompt")
-        ids = prompt
-    return _kept(ids, "prompt", truncate)
+    vocab_size = manager.info.vocab_size
+    encode_text = manager.prompts.encode_text
+
+    def encode() -> list[list[int]]:
+        return [encode_text(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            check_token_ids(prompt, vocab_size, "prompt")
+    # Many short texts take as long as a long one.
+    all_ids = await _encode(encode, sum(len(prompt) for prompt in prompts if isinstance(prompt, str)))
+    return [_kept(ids, "prompt", truncate) for ids in all_ids]
 
 
 def _template_kwargs(body: ChatCompletionRequest) -> dict[str, Any]:
@@ -83,7 +92,7 @@ def _num_chars(value: object) -> int:
     return sum(map(_num_chars, value)) if isinstance(value, list) else 0
 
 
-async def _encode(encode: Callable[[], list[int]], num_chars: int) -> list[int]:
+async def _encode(encode: Callable[[], T], num_chars: int) -> T:
     return encode() if num_chars <= MAX_INLINE_CHARS else await asyncio.to_thread(encode)
 
 

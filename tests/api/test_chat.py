@@ -22,6 +22,7 @@ USAGE_DETAILS = {
         "audio_tokens": 0,
     },
 }
+_PLAIN = {"index": 0, "logprobs": None, "finish_reason": None}
 
 
 async def post(
@@ -91,8 +92,13 @@ def test_a_stream_has_role_content_finish_usage_and_done_in_this_order(harness: 
                     "finish_reason": None,
                 }
             ]
-            # Characters of two and three bytes come whole: a frame a character, though every byte is a token.
-            assert [frame["choices"][0]["delta"] for frame in content] == [{"content": char} for char in REPLY]
+            # Characters of two and three bytes come whole, though every byte is a token.
+            pieces = [frame["choices"][0]["delta"]["content"] for frame in content]
+            assert "".join(pieces) == REPLY and all(pieces) and len(pieces) > 1
+            assert all(
+                frame["choices"][0] == {**_PLAIN, "delta": {"content": p}}
+                for frame, p in zip(content, pieces, strict=True)
+            )
             assert finish["choices"] == [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}]
             assert usage["choices"] == [] and usage["usage"]["completion_tokens"] == len(REPLY.encode()) + 1
             assert all(frame["usage"] is None for frame in (role, *content, finish))

@@ -35,7 +35,8 @@ def test_chat_whole_and_streamed(live: Live, path: str) -> None:
         )
         chunks = list(stream)
         assert chunks[0].choices[0].delta.role == "assistant" and chunks[0].choices[0].delta.content == ""
-        assert [chunk.choices[0].delta.content for chunk in chunks[1:-2]] == list(REPLY)
+        pieces = [chunk.choices[0].delta.content or "" for chunk in chunks[1:-2]]
+        assert "".join(pieces) == REPLY and all(pieces) and "\ufffd" not in "".join(pieces)
         assert chunks[-2].choices[0].finish_reason == "stop" and chunks[-2].choices[0].delta.content is None
         assert chunks[-1].choices == [] and chunks[-1].usage is not None
         assert len({(chunk.id, chunk.created, chunk.model) for chunk in chunks}) == 1

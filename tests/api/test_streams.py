@@ -56,6 +56,28 @@ def test_a_client_that_goes_frees_its_sequences(live: Live, body: dict[str, Any]
     assert sorted(server.engine.aborted) == list(range(body.get("n", 1)))
 
 
+def test_a_client_that_goes_while_nothing_is_said_frees_its_sequences(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "STATUS_WAIT_S", 0.05)
+    server = live()
+    server.engine.may_step.clear()
+    connection = send(server, {"stream": True, "n": 2})
+    assert b"200 OK" in connection.recv(1000)
+    connection.close()
+    wait_until(lambda: not server.engine.running and server.manager.num_admitted == 0, WITHIN_S)
+
+
+def test_a_reader_that_never_reads_is_given_up(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "SEND_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(sse, "PING_S", 0.1)
+    server = live()
+    server.engine.script = says([65] * 400, None)
+    with send(server, {"stream": True, "max_tokens": 400, "logprobs": True, "top_logprobs": 20, "n": 8}):
+        wait_until(lambda: server.manager.num_admitted == 1, 5)
+        wait_until(lambda: server.manager.num_admitted == 0, 10)
+
+
 def test_two_hundred_clients_that_go_leave_nothing_behind(live: Live) -> None:
     server = live(max_concurrent=500)
     server.engine.script = says([65] * 500, None)
