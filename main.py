@@ -15,6 +15,8 @@ from typing import NoReturn
 
 from config import Settings, StartupError
 
+logger = logging.getLogger(__name__)
+
 # Their INFO lines say what ours already say, their DEBUG lines drown ours.
 _LOUD_LIBRARIES = ("asyncio", "filelock", "httpcore", "httpx", "huggingface_hub", "sse_starlette", "urllib3", "uvicorn")
 
@@ -23,6 +25,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Serves until told to end; returns the exit code: 1 when loading failed, 2 when an option cannot be honoured."""
     settings = Settings.from_sources(argv, environ)
     _set_up_logging(settings.loglevel)
+    _point_out(settings, environ)
     # Until the server takes signals over: there is nothing to finish yet.
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGINT, _leave)
@@ -47,6 +50,15 @@ def _set_up_logging(level: str) -> None:
         logging.getLogger(library).setLevel(max(logging.WARNING, logging.getLevelNamesMapping()[level]))
 
 
+def _point_out(settings: Settings, environ: Mapping[str, str]) -> None:
+    """Two defaults that may surprise."""
+    name = environ.get("HOSTNAME", "")
+    if name and not settings.is_given("host"):
+        logger.info("HOSTNAME=%s is no address of this machine: listening on %s", name, settings.host)
+    if not settings.api_key and settings.host not in ("127.0.0.1", "::1", "localhost"):
+        logger.info("no --api-key: whoever can reach %s port %d may use the model", settings.host, settings.port)
+
+
 def _leave(signal_number: int, frame: object) -> NoReturn:
     raise SystemExit(0)
 
@@ -54,7 +66,7 @@ def _leave(signal_number: int, frame: object) -> NoReturn:
 def _fail(error: BaseException) -> int:
     """Says why the server ends, in the last line; returns the exit code."""
     if not isinstance(error, StartupError):
-        logging.getLogger(__name__).error("loading failed", exc_info=error)
+        logger.error("loading failed", exc_info=error)
     print(f"main.py: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr, flush=True)
     return 2 if isinstance(error, StartupError) else 1
 

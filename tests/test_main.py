@@ -18,6 +18,8 @@ from typing import Any
 import httpx
 import pytest
 
+import main
+from config import Settings
 from tests.checkpoints import write_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -237,3 +239,16 @@ def test_a_wrong_option_is_one_line_and_exit_code_2(start: StartProcess) -> None
     process = start("--port", "99999999")
     assert process.exit_code() == 2
     assert process.lines == ["main.py: --port 99999999: should be less than or equal to 65535\n"]
+
+
+def test_defaults_that_may_surprise_are_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
+    def said(environ: dict[str, str], **options: Any) -> str:
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            main._point_out(Settings(**options), environ)
+        return caplog.text
+
+    assert "HOSTNAME=elsewhere is no address of this machine: listening on 0.0.0.0" in said({"HOSTNAME": "elsewhere"})
+    assert "no --api-key" in said({})
+    assert said({"HOSTNAME": "elsewhere"}, host="127.0.0.1") == ""
+    assert said({}, api_key=("key",)) == ""
