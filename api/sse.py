@@ -85,7 +85,7 @@ class EventStream(EventSourceResponse):
             await close(self._first, self._deltas)
 
     async def _send_with_timeout(self, send: Send, message: Message) -> None:
-        """Sends one chunk, without a timer of its own: that cost a fifth of a token; pings look at the clock instead."""
+        """Sends one chunk, without a timer of its own: those cost a fifth of the time; pings look at the clock."""
         self._sending_since_s = time.monotonic()
         await send(message)
         self._sending_since_s = None
