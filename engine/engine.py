@@ -129,6 +129,7 @@ class Engine:
         """Give memory back that nobody uses, and check that nothing leaked."""
         self.kv.give_back(KEPT_TOKENS_WHEN_IDLE)
         self.runner.apply(self.kv.take_ops())
+        self.sampler.release_memory()
         self.kv.check_integrity()
 
     def close(self) -> None:

@@ -15,10 +15,14 @@ from typing import Any
 import torch
 import transformers
 
+from engine.model.linear import prepack_linears
+
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, float | None], None]  # what is being done, and the share done (0 to 1) where it is known
 
+# Packing a head that is tied to the embedding keeps both forms: worth it up to a third of the model.
+MAX_EXTRA_SHARE = 3
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -55,6 +59,7 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     num_parameters: int
+    num_bytes: int
     max_positions: int | None
     vocab_size: int
     eos_token_ids: frozenset[int]
@@ -86,7 +91,11 @@ def load_model(request: LoadRequest, progress: Progress) -> LoadedModel:
         raise LoadError(f"{request.name} cannot be loaded: {_first_line(error)}") from error
     progress(f"moving {request.name} to {request.device}", None)
     model.to(torch.device(request.device))
-    return describe(model)
+    loaded = describe(model)
+    if loaded.device.type == "cpu":
+        progress("packing the weights for this CPU", None)
+        prepack_linears(model, max_extra_bytes=loaded.num_bytes // MAX_EXTRA_SHARE)
+    return loaded
 
 
 def describe(model: Any) -> LoadedModel:
@@ -103,6 +112,7 @@ def describe(model: Any) -> LoadedModel:
         device=parameter.device,
         dtype=model.dtype,
         num_parameters=sum(p.numel() for p in model.parameters()),
+        num_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         max_positions=_max_positions(text),
         vocab_size=int(vocab_size),
         eos_token_ids=_eos_token_ids(model),
