@@ -16,13 +16,13 @@ from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from admission import Admission
 from config import Settings
 from engine.errors import EngineDead, NotServing, RequestTimeout, ServerError
 from engine.sequence import EngineStats, SamplingParams, Sequence, SequenceOutput
-from engine_thread import IDLE_AFTER_S, EngineThread, StepEngine
-from model_loading import LoadedStack, ModelInfo, Progress, load_model_stack
-from output_queue import OutputQueue
+from runtime.admission import Admission
+from runtime.engine_thread import IDLE_AFTER_S, EngineThread, StepEngine
+from runtime.model_loading import LoadedStack, ModelInfo, Progress, load_model_stack
+from runtime.output_queue import OutputQueue
 
 if TYPE_CHECKING:
     from text.prompt import PromptEncoder

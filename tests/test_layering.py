@@ -25,14 +25,8 @@ ALLOWED = {
     "models": set(),
     "command_line": set(),
     "config": {"command_line"},
-    "admission": {"engine"},
-    "output_queue": {"engine"},
-    "engine_thread": {"engine"},
-    "hardware": set(),
-    "model_loading": {"config", "engine", "engine_thread", "hardware", "text"},
-    "model_manager": {
-        "admission", "config", "engine", "engine_thread", "model_loading", "output_queue", "text",
-    },
+    "runtime": {"config", "engine", "text"},
+    "model_manager": {"config", "engine", "runtime", "text"},
     "api": {"config", "engine", "model_manager", "models", "text"},
     "app": {"api", "config", "engine", "model_manager", "models", "text"},
     "serving": {"config", "model_manager"},
@@ -40,7 +34,7 @@ ALLOWED = {
     "example_client": set(),
 }  # fmt: skip
 NO_TORCH = ("engine/errors.py", "engine/config.py", "engine/sequence.py", "engine/scheduler.py")
-NO_TORCH_KV = ("engine/kv/pool.py", "engine/kv/manager.py")
+NO_TORCH_KV = ("engine/kv/pool.py", "engine/kv/manager.py", "engine/kv/states.py", "engine/pacing.py")
 # What engine/ must not know of at all.
 NOT_IN_ENGINE = {"fastapi", "starlette", "pydantic", "tokenizers", "uvicorn", "sse_starlette", "asyncio"}
 # What is slow to import, and so only imported inside functions of the modules that every start imports.

@@ -13,7 +13,6 @@ import psutil
 import pytest
 
 import model_manager
-from admission import Admission
 from config import Settings, StartupError
 from engine.errors import (
     ContextLengthExceeded,
@@ -26,7 +25,8 @@ from engine.errors import (
 )
 from engine.sequence import SamplingParams, Sequence, SequenceOutput, TokenLogprobs
 from model_manager import GenerationRequest, LoadedStack, ModelManager, Progress
-from output_queue import OutputQueue
+from runtime.admission import Admission
+from runtime.output_queue import OutputQueue
 from tests.scripted_engine import TOO_LONG, ScriptedEngine, loader_of, stack_of
 
 

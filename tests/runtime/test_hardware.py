@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hardware import free_memory_bytes, usable_cores
+from runtime.hardware import free_memory_bytes, usable_cores
 
 MIB = 2**20
 

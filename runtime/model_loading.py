@@ -19,14 +19,14 @@ from engine.config import EngineConfig
 if TYPE_CHECKING:
     from engine.engine import Engine
     from engine.model.loader import LoadedModel
-    from engine_thread import StepEngine
+    from runtime.engine_thread import StepEngine
     from text.prompt import PromptEncoder
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, float | None], None]  # what is being done, and the share done (0 to 1) where it is known
 
-DEMO_MODELS = {"demo": Path(__file__).parent / "demo" / "chat"}
+DEMO_MODELS = {"demo": Path(__file__).parent.parent / "demo" / "chat"}
 # Running streams are protected by the engine's pacing; these bound how long a step takes when nobody streams yet.
 MAX_BATCH_TOKENS_CPU = 512
 MAX_BATCH_TOKENS_ACCELERATOR = 2048
@@ -155,7 +155,7 @@ def _device(settings: Settings) -> str:
 def _use_cores() -> None:
     import torch
 
-    from hardware import usable_cores
+    from runtime.hardware import usable_cores
 
     # torch has already obeyed OMP_NUM_THREADS, so its own number is a bound too.
     num_threads = min(torch.get_num_threads(), usable_cores())
@@ -231,7 +231,7 @@ def _engine_config(settings: Settings, loaded: LoadedModel, device: str) -> Engi
 def _free_bytes(device: str) -> int:
     import torch
 
-    from hardware import free_memory_bytes
+    from runtime.hardware import free_memory_bytes
 
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import model_loading
 from config import Settings, StartupError
 from engine.sequence import SamplingParams, Sequence
-from hardware import free_memory_bytes
-from model_loading import MAX_BATCH_TOKENS_CPU, load_model_stack
+from runtime import model_loading
+from runtime.hardware import free_memory_bytes
+from runtime.model_loading import MAX_BATCH_TOKENS_CPU, load_model_stack
 from tests.checkpoints import write_checkpoint
 from tests.zoo import generate
 

@@ -1,0 +1,1 @@
+"""Between the event loop and the engine: loading, the engine thread, queues and admission."""
