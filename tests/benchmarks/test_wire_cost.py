@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "wire_cost.py"
-# The limit is 60 on a machine that does nothing else; a regression that matters (a task or a thread a token) is beyond this.
+# The limit is 60 where nothing else runs; a regression that matters (a task or a thread a token) is beyond this.
 MAX_US_A_TOKEN = 180
 
 
