@@ -49,7 +49,15 @@ def serve(port: int, step_s: float, *, is_profiled: bool) -> None:
     settings = Settings(hf_model="scripted", max_concurrent=10_000)
     manager = ModelManager(settings, stack(engine, tokenizer, max_model_len=100_000))
     server = uvicorn.Server(
-        uvicorn.Config(create_app(settings, manager), host="127.0.0.1", port=port, log_config=None, access_log=False)
+        # The loop that requirements.txt gives, whatever else is installed here.
+        uvicorn.Config(
+            create_app(settings, manager),
+            loop="asyncio",
+            host="127.0.0.1",
+            port=port,
+            log_config=None,
+            access_log=False,
+        )
     )
 
     def report() -> None:
