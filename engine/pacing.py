@@ -8,7 +8,7 @@ from __future__ import annotations
 
 MIN_PROMPT_TOKENS = 16  # progress is promised, however slow the machine
 SMOOTHING = 0.1  # weight of the newest measurement
-# A step with prompt tokens may take this many times a step without: below the threefold that readers of a stream notice.
+# A step with prompt tokens may take this many times a step without: below the threefold that readers would notice.
 MAX_SLOWDOWN = 2.5
 MAX_PRESSURE = 4.0  # where more wait for their first token than stream, streams give way, up to this factor
 

@@ -42,6 +42,9 @@ class KVAccounting(Protocol):
     def can_ever_hold(self, num_tokens: int) -> bool:
         """Whether a sequence of `num_tokens` fits when it is alone."""
 
+    def is_being_computed(self, sequence: Sequence) -> bool:
+        """Whether waiting a little spares this sequence a good deal of computing, because another is at it."""
+
     def admit(self, sequence: Sequence) -> bool:
         """Take memory for a waiting sequence and set what of it is already computed; False when there is no room."""
 
@@ -213,12 +216,15 @@ class Scheduler:
             return
         now = self.clock()
         self.waiting.sort(key=lambda s: (s.priority - int((now - s.arrival_time_s) / AGEING_S), s.arrival_time_s))
-        while self.waiting and prompt_budget > 0 and len(self.running) < self.config.max_num_seqs:
-            sequence = self.waiting[0]
+        for sequence in list(self.waiting):
+            if prompt_budget <= 0 or len(self.running) >= self.config.max_num_seqs:
+                return
+            if self.kv.is_being_computed(sequence):
+                continue  # choices of one prompt, clients of one system prompt: the first computes for all
             if not self.kv.admit(sequence):
                 # Strictly in order: letting small ones pass would starve the large.
                 return
-            self.waiting.pop(0)
+            self.waiting.remove(sequence)
             sequence.state = SequenceState.RUNNING
             if sequence.scheduled_time_s is None:
                 sequence.scheduled_time_s = now

@@ -4,42 +4,40 @@ Knows nothing of tensors, layers or scheduling; no torch here.
 Called by the scheduler; the storage operations it collects are taken and carried out before the next forward.
 
 A slot is held by a running sequence, or kept after its sequence ended for the prefix it holds (the least recently used
-goes first when room is needed), or free. Every full block of computed tokens is found by the hash of all tokens up to
-and including it, in a sha256 chain that begins with the sequence's salt: different salts never meet.
+goes first when room is needed), or free. Whose tokens may be reused is found in kv/prefix.py's index.
 """
 
 from __future__ import annotations
 
-import hashlib
-from array import array
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from engine.kv.pool import CopySlot, Slot, SlotPool, StorageOp
+from engine.kv.prefix import BLOCK_SIZE, PrefixIndex, block_keys, chain
 from engine.sequence import Sequence
 
-BLOCK_SIZE = 32  # tokens; smaller blocks reuse more of a prompt's end, larger ones hash less
+WORTH_WAITING_BLOCKS = 4  # a beginning that another sequence computes right now is waited for from this length on
 RESERVED_OUTPUT_TOKENS = 64  # room asked for beyond the prompt, so that short answers never move
 
 
 @dataclass(slots=True, eq=False)
 class _Holding:
-    """What one slot holds: the tokens computed so far, and the hashes of their full blocks."""
+    """What one slot holds: the tokens computed so far, and the keys of their full blocks."""
 
     slot: Slot
-    last_hash: bytes
     num_tokens: int = 0
-    hashes: list[bytes] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    promised: list[bytes] = field(default_factory=list)  # of its prompt, not computed yet; the next one last
 
 
 @dataclass(frozen=True, slots=True)
 class _Match:
     holding: _Holding
-    hashes: list[bytes]
+    keys: list[bytes]
 
     @property
     def num_tokens(self) -> int:
-        return len(self.hashes) * BLOCK_SIZE
+        return len(self.keys) * BLOCK_SIZE
 
 
 class KVManager:
@@ -59,7 +57,8 @@ class KVManager:
         self.prefix_hits_total = 0
         self._held: dict[int, _Holding] = {}
         self._kept: OrderedDict[Slot, _Holding] = OrderedDict()  # least recently used first
-        self._by_hash: dict[bytes, list[_Holding]] = {}
+        self._index: PrefixIndex[_Holding] = PrefixIndex()
+        self._waiting_keys: dict[int, list[bytes]] = {}  # block keys of sequences that wait
         self._ops: list[StorageOp] = []
 
     @property
@@ -85,6 +84,14 @@ class KVManager:
         ops, self._ops = self._ops, []
         return ops
 
+    def is_being_computed(self, sequence: Sequence) -> bool:
+        """Whether a running sequence is about to compute a good deal of this one's tokens: it pays to wait for them."""
+        if not self._can_reuse(sequence):
+            return False
+        keys = self._keys_of(sequence)
+        last = self._index.num_found(keys) + WORTH_WAITING_BLOCKS - 1
+        return last < len(keys) and self._index.is_promised(keys[last])
+
     def admit(self, sequence: Sequence) -> bool:
         """Give a sequence a slot, with as much of its prompt as is already computed somewhere.
 
@@ -108,7 +115,7 @@ class KVManager:
                 slot, match = self._allocate(wanted, sparing=None), None
             if slot is None:
                 return False
-            holding = _Holding(slot, sequence.cache_salt)
+            holding = _Holding(slot)
             if match is not None:
                 self._ops.append(CopySlot(match.holding.slot, slot, match.num_tokens))
         return self._begin(sequence, holding, match)
@@ -133,20 +140,27 @@ class KVManager:
         holding.num_tokens = sequence.num_computed_tokens
         if not self.is_prefix_caching:
             return
-        start = len(holding.hashes) * BLOCK_SIZE
+        start = len(holding.keys) * BLOCK_SIZE
         while start + BLOCK_SIZE <= holding.num_tokens:
-            block = sequence.token_slice(start, start + BLOCK_SIZE)
-            holding.last_hash = _chain(holding.last_hash, block)
-            holding.hashes.append(holding.last_hash)
-            self._by_hash.setdefault(holding.last_hash, []).append(holding)
+            if holding.promised:
+                key = holding.promised.pop()
+                self._index.redeem([key])
+            else:
+                last = holding.keys[-1] if holding.keys else sequence.cache_salt
+                key = chain(last, sequence.token_slice(start, start + BLOCK_SIZE))
+            holding.keys.append(key)
+            self._index.publish(key, holding)
             start += BLOCK_SIZE
 
     def free(self, sequence: Sequence, *, can_keep: bool) -> None:
         """Take a sequence's slot back; `can_keep` False for rows whose KV may be wrong (NaN, a failed step)."""
+        self._waiting_keys.pop(sequence.sequence_id, None)
         holding = self._held.pop(sequence.sequence_id, None)
         if holding is None:
             return
-        if can_keep and holding.hashes:
+        self._index.redeem(holding.promised)
+        holding.promised.clear()
+        if can_keep and holding.keys:
             self._kept[holding.slot] = holding
         else:
             self._forget(holding)
@@ -159,7 +173,7 @@ class KVManager:
         self._trim(but=None)
 
     def check_integrity(self) -> None:
-        """Raise AssertionError when a slot leaked, is held twice, or a hash leads nowhere."""
+        """Raise AssertionError when a slot leaked, is held twice, or a key leads nowhere."""
         holdings = [*self._held.values(), *self._kept.values()]
         slots = {holding.slot for holding in holdings}
         assert len(slots) == len(holdings), "two holdings share a slot"
@@ -167,18 +181,16 @@ class KVManager:
         self.pool.check_integrity(slots)
         for holding in holdings:
             assert holding.num_tokens <= holding.slot.capacity, "a slot holds more tokens than it has room for"
-            assert len(holding.hashes) * BLOCK_SIZE <= holding.num_tokens, "a block was published before it was full"
-        found = [(key, id(holding)) for key, sharing in self._by_hash.items() for holding in sharing]
-        told = [(key, id(holding)) for holding in holdings for key in holding.hashes]
-        assert sorted(found) == sorted(told), "the prefix index and the slots disagree"
+            assert len(holding.keys) * BLOCK_SIZE <= holding.num_tokens, "a block was published before it was full"
+        held = [(key, holding) for holding in holdings for key in holding.keys]
+        self._index.check_integrity(held, [key for holding in holdings for key in holding.promised])
 
     def _begin(self, sequence: Sequence, holding: _Holding, match: _Match | None) -> bool:
         if match is not None and holding is not match.holding:
-            holding.hashes = list(match.hashes)
-            holding.last_hash = match.hashes[-1]
+            holding.keys = list(match.keys)
             holding.num_tokens = match.num_tokens
-            for key in match.hashes:
-                self._by_hash[key].append(holding)
+            for key in match.keys:
+                self._index.publish(key, holding)
         sequence.num_computed_tokens = match.num_tokens if match else 0
         if sequence.num_preemptions == 0:
             sequence.num_cached_tokens = sequence.num_computed_tokens
@@ -186,28 +198,36 @@ class KVManager:
                 self.prefix_queries_total += len(sequence.prompt_token_ids)
                 self.prefix_hits_total += sequence.num_cached_tokens
         self._held[sequence.sequence_id] = holding
+        if self._can_reuse(sequence):
+            # What is known of it now: what it will generate nobody can wait for.
+            holding.promised = self._keys_of(sequence)[len(holding.keys) :][::-1]
+            self._index.promise(holding.promised)
+        self._waiting_keys.pop(sequence.sequence_id, None)
         return True
 
     def _match(self, sequence: Sequence) -> _Match | None:
-        # The last token is always computed: its logits are what we want. Scoring a prompt needs every token's logits.
-        if not self.is_prefix_caching or sequence.params.num_prompt_logprobs is not None:
+        if not self._can_reuse(sequence):
             return None
-        hashes: list[bytes] = []
-        key = sequence.cache_salt
-        holding: _Holding | None = None
-        for start in range(0, sequence.num_tokens - BLOCK_SIZE, BLOCK_SIZE):
-            key = _chain(key, sequence.token_slice(start, start + BLOCK_SIZE))
-            sharing = self._by_hash.get(key)
-            if not sharing:
-                break
-            hashes.append(key)
-            # A slot nobody runs in can be continued in place, so it is the better source.
-            holding = next((h for h in reversed(sharing) if h.slot in self._kept), sharing[-1])
-        if holding is None:
+        keys = self._keys_of(sequence)
+        keys = keys[: self._index.num_found(keys)]
+        if not keys:
             return None
+        holders = self._index.holders(keys[-1])
+        # A slot nobody runs in can be continued in place, so it is the better source.
+        holding = next((h for h in reversed(holders) if h.slot in self._kept), holders[-1])
         if holding.slot in self._kept:
             self._kept.move_to_end(holding.slot)
-        return _Match(holding, hashes)
+        return _Match(holding, keys)
+
+    def _can_reuse(self, sequence: Sequence) -> bool:
+        # Scoring a prompt needs every token's logits.
+        return self.is_prefix_caching and sequence.params.num_prompt_logprobs is None
+
+    def _keys_of(self, sequence: Sequence) -> list[bytes]:
+        keys = self._waiting_keys.get(sequence.sequence_id)
+        if keys is None:
+            keys = self._waiting_keys[sequence.sequence_id] = block_keys(sequence)
+        return keys
 
     def _can_take_over(self, match: _Match, wanted: int) -> bool:
         # Continuing in place spares a copy and a slot, but what lies past the match is lost to others.
@@ -218,11 +238,10 @@ class KVManager:
     def _take_over(self, match: _Match) -> _Holding:
         holding = match.holding
         del self._kept[holding.slot]
-        num_blocks = len(match.hashes)
-        for key in holding.hashes[num_blocks:]:
-            self._unlist(key, holding)
-        del holding.hashes[num_blocks:]
-        holding.last_hash = match.hashes[-1]
+        num_blocks = len(match.keys)
+        for key in holding.keys[num_blocks:]:
+            self._index.retract(key, holding)
+        del holding.keys[num_blocks:]
         holding.num_tokens = match.num_tokens
         return holding
 
@@ -265,17 +284,6 @@ class KVManager:
             self._kept[holding.slot] = holding
 
     def _forget(self, holding: _Holding) -> None:
-        for key in holding.hashes:
-            self._unlist(key, holding)
-        holding.hashes.clear()
-
-    def _unlist(self, key: bytes, holding: _Holding) -> None:
-        sharing = self._by_hash[key]
-        sharing.remove(holding)
-        if not sharing:
-            del self._by_hash[key]
-
-
-def _chain(previous: bytes, token_ids: list[int]) -> bytes:
-    """The key of a block: sha256 over the key before it and its token ids as 64-bit integers."""
-    return hashlib.sha256(previous + array("q", token_ids).tobytes()).digest()
+        for key in holding.keys:
+            self._index.retract(key, holding)
+        holding.keys.clear()

@@ -47,6 +47,10 @@ class StateManager:
             self.budget_bytes is None or self._bytes(1, num_tokens) <= self.budget_bytes
         )
 
+    def is_being_computed(self, sequence: Sequence) -> bool:
+        """Never: these caches are not shared."""
+        return False
+
     def admit(self, sequence: Sequence) -> bool:
         """Account for a sequence's prompt and its next token; False when there is no room."""
         if not self._fits(1, sequence.num_tokens + 1):

@@ -93,3 +93,13 @@ def test_sequences_that_leave_early_disturb_nobody() -> None:
     assert not engine.has_work()
     for number in (1, 3, 4, 5, 7):
         assert got[number] == expected[number]
+
+
+def test_eight_choices_of_one_prompt_compute_it_once() -> None:
+    prompt = zoo.prompt(200)
+    expected = reference("llama", prompt, 10)
+    engine = engine_for("llama", max_batch_tokens=64)
+    outputs = drive(engine, [greedy(n, prompt, 10) for n in range(8)], stagger=1)
+    assert [tokens(outputs[n]) for n in range(8)] == [expected] * 8
+    # 200 once, then what lies past the last full block for the other seven, and the outputs.
+    assert engine.stats().step_tokens_total <= 200 + 7 * (200 - 192 + 32 * 4) + 8 * 9

@@ -5,8 +5,9 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.kv.manager import BLOCK_SIZE, KVManager
+from engine.kv.manager import KVManager
 from engine.kv.pool import CopySlot, ResizeArena, Slot, SlotPool, size_classes
+from engine.kv.prefix import BLOCK_SIZE
 from engine.sequence import SamplingParams, Sequence
 
 
@@ -39,6 +40,27 @@ def test_a_prefix_of_full_blocks_is_reused_and_the_last_token_always_computed() 
     assert second.num_cached_tokens == BLOCK_SIZE  # not two blocks: the last token's logits are wanted
     copies = [op for op in manager.take_ops() if isinstance(op, CopySlot)]
     assert [copy.num_tokens for copy in copies] == [BLOCK_SIZE]
+
+
+def test_who_shares_a_long_beginning_waits_until_it_is_computed() -> None:
+    manager = _manager()
+    first = _sequence(0, [1] * (6 * BLOCK_SIZE))
+    same, other, short = _sequence(1, [1] * (6 * BLOCK_SIZE)), _sequence(2, [2] * 200), _sequence(3, [1] * 70)
+    elsewhere = _sequence(4, [1] * (6 * BLOCK_SIZE), salt=b"bob")
+    assert not manager.is_being_computed(first)
+    assert manager.admit(first)
+    assert manager.is_being_computed(same)
+    assert not any(manager.is_being_computed(sequence) for sequence in (other, short, elsewhere))
+    first.num_computed_tokens = 3 * BLOCK_SIZE
+    manager.commit(first)
+    assert not manager.is_being_computed(same)  # what is left to gain is not worth the wait
+    assert manager.admit(same)
+    assert same.num_cached_tokens == 3 * BLOCK_SIZE
+    manager.check_integrity()
+    manager.free(first, can_keep=False)
+    manager.free(same, can_keep=False)
+    assert not manager.is_being_computed(_sequence(5, [1] * (6 * BLOCK_SIZE)))
+    manager.check_integrity()
 
 
 def test_another_salt_finds_nothing() -> None:
