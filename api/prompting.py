@@ -43,7 +43,8 @@ async def chat_ids(manager: ModelManager, body: ChatCompletionRequest, truncate:
         template_kwargs=_template_kwargs(body),
         is_truncated=truncate is not None,
     )
-    return _kept(await _encode(encode, _num_chars(messages)), "messages", truncate)
+    ids = await _encode(encode, _num_chars(messages))
+    return _kept(_known(ids, manager, "messages"), "messages", truncate)
 
 
 async def completion_ids(
@@ -94,6 +95,18 @@ def _num_chars(value: object) -> int:
 
 async def _encode(encode: Callable[[], T], num_chars: int) -> T:
     return encode() if num_chars <= MAX_INLINE_CHARS else await asyncio.to_thread(encode)
+
+
+def _known(ids: list[int], manager: ModelManager, param: str) -> list[int]:
+    """The ids, if the model has an embedding for each: tokenizers are sometimes larger than the models they come with."""
+    vocab_size = manager.info.vocab_size
+    if ids and max(ids) >= vocab_size:
+        piece = manager.tokenizer.convert_ids_to_tokens(max(ids))
+        raise InvalidValue(
+            f"{param} holds {piece!r}, token {max(ids)} of the tokenizer: this model knows only ids below {vocab_size}",
+            param=param,
+        )
+    return ids
 
 
 def _kept(ids: list[int], param: str, truncate: int | None) -> list[int]:
