@@ -66,7 +66,7 @@ async def completion_ids(
             check_token_ids(prompt, vocab_size, "prompt")
     # Many short texts take as long as a long one.
     all_ids = await _encode(encode, sum(len(prompt) for prompt in prompts if isinstance(prompt, str)))
-    return [_kept(ids, "prompt", truncate) for ids in all_ids]
+    return [_kept(_known(ids, manager, "prompt"), "prompt", truncate) for ids in all_ids]
 
 
 def _template_kwargs(body: ChatCompletionRequest) -> dict[str, Any]:
@@ -98,7 +98,7 @@ async def _encode(encode: Callable[[], T], num_chars: int) -> T:
 
 
 def _known(ids: list[int], manager: ModelManager, param: str) -> list[int]:
-    """The ids, if the model has an embedding for each: tokenizers are sometimes larger than the models they come with."""
+    """The ids, if the model has an embedding for each: some tokenizers are larger than the models they come with."""
     vocab_size = manager.info.vocab_size
     if ids and max(ids) >= vocab_size:
         piece = manager.tokenizer.convert_ids_to_tokens(max(ids))

@@ -27,4 +27,4 @@ def test_a_token_that_the_model_does_not_know_is_refused_by_name(tokenizer: PreT
     smaller = _manager(tokenizer, 256)
     with pytest.raises(InvalidValue, match=r"messages holds '<\|im_\w+\|>', token 25\d .* ids below 256"):
         asyncio.run(chat_ids(smaller, body, None))
-    assert asyncio.run(completion_ids(smaller, "Hi", None)) == [39, 72]
+    assert asyncio.run(completion_ids(smaller, ["Hi"], None)) == [[39, 72]]
