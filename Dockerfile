@@ -13,7 +13,7 @@
 ARG PYTHON_VERSION=3.11.14
 
 FROM python:${PYTHON_VERSION}-slim-bookworm AS base
-ENV PATH=/opt/venv/bin:$PATH
+ENV PATH=/venv/bin:$PATH
 
 FROM base AS dependencies
 # Where to get PyTorch from, as `start.sh --torch-index` takes it: the address that the selector on pytorch.org's
@@ -23,7 +23,7 @@ WORKDIR /build
 COPY requirements.txt ./
 # Wheels only, so that no compiler is needed, here or in the final image. torch alone comes from the index, its
 # dependencies with the rest.
-RUN python -m venv /opt/venv \
+RUN python -m venv /venv \
     && if [ -n "$TORCH_INDEX_URL" ]; then \
          python -m pip install --no-cache-dir --only-binary=:all: --no-deps --index-url "$TORCH_INDEX_URL" \
            "$(grep '^torch==' requirements.txt)"; \
@@ -36,7 +36,7 @@ RUN useradd --uid 1000 --create-home --shell /usr/sbin/nologin server \
     && install -d -o server -g server /cache /cache/huggingface
 ENV HF_HOME=/cache/huggingface
 VOLUME /cache
-COPY --from=dependencies /opt/venv /opt/venv
+COPY --from=dependencies /venv /venv
 WORKDIR /app
 # .dockerignore keeps what the server does not need out of these.
 COPY LICENSE *.py ./

@@ -15,21 +15,30 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import pytest
 import yaml  # type: ignore[import-untyped]
 
 from command_line import Option
 from config import Settings
+from tests.container_files import (
+    COMPOSE,
+    DOCKERFILE,
+    ROOT,
+    Instruction,
+    copied_files,
+    environment,
+    image,
+    is_ignored,
+    last,
+    seconds,
+    services,
+    stages,
+)
 from tests.test_layering import OURS, imports_of
 
-ROOT = Path(__file__).parent.parent
-DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
-COMPOSE = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
 TARGETS = ("cpu", "cuda")
 DEFAULTS = Settings()
 # What the server itself reads nothing of, but huggingface_hub does.
@@ -38,96 +47,11 @@ DOWNLOAD_BYTES_PER_S = 4e6
 BYTES_OF_7B = 7e9 * 2
 
 
-# Dockerfile
-
-
-@dataclass(frozen=True, slots=True)
-class Instruction:
-    """One instruction; `text` is what follows the keyword, on one line."""
-
-    keyword: str
-    text: str
-
-    @property
-    def flags(self) -> dict[str, str]:
-        return dict(re.findall(r"--([a-z-]+)=(\S+)", self.text.partition("[")[0]))
-
-    @property
-    def words(self) -> list[str]:
-        """The arguments of the exec form, or what the blanks separate, without flags."""
-        _, bracket, rest = self.text.partition("[")
-        if bracket and self.keyword != "RUN":
-            return list(json.loads(bracket + rest))
-        return [word for word in self.text.split() if not word.startswith("--")]
-
-
-def instructions(text: str) -> list[Instruction]:
-    """Comments left out, continued lines joined."""
-    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
-    return [Instruction(*line.split(None, 1)) for line in joined.splitlines()]
-
-
-def stages() -> dict[str, list[Instruction]]:
-    """The instructions of each stage by its name, FROM first."""
-    found: dict[str, list[Instruction]] = {}
-    for instruction in instructions(DOCKERFILE):
-        if instruction.keyword == "FROM":
-            found[instruction.words[-1]] = []
-        if found:
-            found[list(found)[-1]].append(instruction)
-    return found
-
-
 def bare_environment() -> dict[str, str]:
     return {name: os.environ[name] for name in ("PATH", "SYSTEMROOT") if name in os.environ}
 
 
-def image(target: str) -> list[Instruction]:
-    """All instructions that a target consists of, from the first stage it stands on."""
-    base = stages()[target][0].words[0]
-    return [*(image(base) if base in stages() else []), *stages()[target]]
-
-
-def last(keyword: str, target: str) -> Instruction:
-    return [instruction for instruction in image(target) if instruction.keyword == keyword][-1]
-
-
-def environment(target: str) -> dict[str, str]:
-    given = [word for i in image(target) if i.keyword == "ENV" for word in i.words]
-    return dict(word.split("=", 1) for word in given)
-
-
-def is_ignored(path: str) -> bool:
-    """Whether .dockerignore keeps a path out: the last line that names it, or a folder above it, decides."""
-    ignored = False
-    names = [path, *(str(parent) for parent in PurePosixPath(path).parents if parent.name)]
-    for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines():
-        pattern = line.strip().removeprefix("!").rstrip("/")
-        if pattern and not pattern.startswith("#"):
-            quoted = re.escape(pattern).replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "[^/]*")
-            if any(re.fullmatch(quoted, name) for name in names):
-                ignored = not line.startswith("!")
-    return ignored
-
-
-def copied_files() -> dict[str, Path]:
-    """What COPY puts into /app: the path there, and the file it comes from."""
-    found: dict[str, Path] = {}
-    for copy in stages()["server"]:
-        if copy.keyword != "COPY" or "from" in copy.flags:
-            continue
-        *sources, target = copy.words
-        for pattern in sources:
-            matches = sorted(ROOT.glob(pattern))
-            assert matches, f"COPY {pattern}: there is no such file"
-            for match in matches:
-                inside = [match] if match.is_file() else [path for path in match.rglob("*") if path.is_file()]
-                base = match.parent if match.is_file() else match
-                for path in inside:
-                    if not is_ignored(path.relative_to(ROOT).as_posix()):
-                        found[str(PurePosixPath(target) / path.relative_to(base).as_posix())] = path
-    return found
+# Dockerfile
 
 
 def test_each_target_stands_on_a_slim_python_of_one_exact_version_that_the_project_takes() -> None:
@@ -323,23 +247,6 @@ def test_the_health_check_waits_for_a_download_and_longer_than_its_own_request()
 
 
 # docker-compose.yml
-
-
-def interpolated(text: str, variables: dict[str, str]) -> str:
-    """`${NAME:-default}`, as compose fills it in."""
-    return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda found: variables.get(found[1]) or found[2], text)
-
-
-def services(**variables: str) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(interpolated(COMPOSE, variables))["services"]
-    return found
-
-
-def seconds(duration: str) -> float:
-    """`1h`, `1m30s`, `45s`."""
-    assert re.fullmatch(r"(?:[\d.]+[hms])+", duration), duration
-    units = {"h": 3600, "m": 60, "s": 1}
-    return sum(float(number) * units[unit] for number, unit in re.findall(r"([\d.]+)([hms])", duration))
 
 
 def test_every_option_is_passed_on_when_it_is_set_and_left_alone_when_not() -> None:
