@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 from collections.abc import Sequence
@@ -43,7 +44,8 @@ class Round:
 
 async def run_round(name: str, command: str, model: Path, arguments: argparse.Namespace, seed: int) -> Round:
     """Start one server, put it under every load, end it."""
-    async with running_server(command, model, arguments.logs / f"{model.name}-{name}-{seed}.log") as server:
+    log = arguments.logs / f"{model.name}-{name}-{seed}.log"
+    async with running_server(command, model, log, arguments.threads) as server:
         prompts = PromptSource(model, seed=seed)
         target = Target(server.base_url, str(model), prompts, length_scale=arguments.length_scale)
         await asyncio.sleep(2)
@@ -103,9 +105,13 @@ def main() -> None:
         "--once", action="store_true", help="each server once; else the first has a second turn at the end"
     )
     parser.add_argument("--length-scale", type=float, default=1.0, help="factor on output lengths")
+    # With two threads on a machine that others use too, each of a step's many barriers waits for a descheduled thread.
+    parser.add_argument("--threads", type=int, help="threads of each server (OMP_NUM_THREADS; default: its own choice)")
     parser.add_argument("--timeout", type=float, default=300, help="seconds a scenario may take")
     parser.add_argument("--json", type=Path, help="write all numbers here")
     arguments = parser.parse_args()
+    # As an exception, so that the server of the moment is ended too.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(143))
     model = (arguments.models / arguments.shape).resolve()
     if not (model / "config.json").exists():
         write_checkpoint(SHAPES[arguments.shape], model)
@@ -125,7 +131,12 @@ def main() -> None:
         sys.stdout.flush()
         if arguments.json:
             facts = {"shape": arguments.shape, "machine": platform.processor() or platform.machine()}
-            content = {**facts, "cores": os.cpu_count(), "rounds": [dataclasses.asdict(r) for r in rounds]}
+            content = {
+                **facts,
+                "cores": os.cpu_count(),
+                "threads": arguments.threads,
+                "rounds": [dataclasses.asdict(r) for r in rounds],
+            }
             arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write("\n" + ratios_table(rounds) + "\n")
 

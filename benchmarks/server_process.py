@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from benchmarks.sse_client import RequestFailed, get_status, stream_completion
+from benchmarks.sse_client import RequestFailed, stream_completion
 
 START_TIMEOUT_S = 600
 END_TIMEOUT_S = 20
@@ -61,8 +61,8 @@ class Server:
 
 
 @asynccontextmanager
-async def running_server(command: str, model: Path, log: Path) -> AsyncIterator[Server]:
-    """Run `command`, with {model} and {port} filled in, until the block ends.
+async def running_server(command: str, model: Path, log: Path, num_threads: int | None) -> AsyncIterator[Server]:
+    """Run `command`, with {model} and {port} filled in, until the block ends; torch gets `num_threads` where given.
 
     Raises:
         ServerFailed: it did not answer a completion in time.
@@ -71,7 +71,7 @@ async def running_server(command: str, model: Path, log: Path) -> AsyncIterator[
     argv = shlex.split(command.format(model=model, port=port))
     base_url = f"http://127.0.0.1:{port}/v1"
     with log.open("wb") as output:
-        process = _start(argv, output)
+        process = _start(argv, output, num_threads)
         started_s = time.perf_counter()
         try:
             await _until_it_answers(process, base_url, str(model), log)
@@ -80,9 +80,12 @@ async def running_server(command: str, model: Path, log: Path) -> AsyncIterator[
             await asyncio.to_thread(_end, process)
 
 
-def _start(argv: list[str], output: IO[bytes]) -> subprocess.Popen[bytes]:
+def _start(argv: list[str], output: IO[bytes], num_threads: int | None) -> subprocess.Popen[bytes]:
+    environment = dict(os.environ)
+    if num_threads is not None:
+        environment["OMP_NUM_THREADS"] = str(num_threads)
     # A session of its own, so that its workers can be ended with it.
-    return subprocess.Popen(argv, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(argv, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
 
 
 async def _until_it_answers(process: subprocess.Popen[bytes], base_url: str, model: str, log: Path) -> None:
@@ -92,9 +95,9 @@ async def _until_it_answers(process: subprocess.Popen[bytes], base_url: str, mod
         if process.poll() is not None:
             raise ServerFailed(f"the server ended with exit code {process.returncode}; see {log}")
         try:
-            if await get_status(base_url + "/models") == 200:
-                await stream_completion(base_url, body)
-                return
+            # A completion, not /models: some servers load at the first request, some list only what a hub cache holds.
+            await stream_completion(base_url, body)
+            return
         except (OSError, RequestFailed, asyncio.IncompleteReadError):
             pass  # not listening or still loading
         await asyncio.sleep(0.5)

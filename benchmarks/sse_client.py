@@ -10,6 +10,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -94,6 +95,8 @@ async def stream_completion(
                 fold.push(json.loads(data), now_s)
     finally:
         writer.close()
+        with suppress(OSError):
+            await writer.wait_closed()
     if not fold.times or not fold.is_finished:
         raise RequestFailed(f"the stream ended after {len(fold.times)} events with text")
     details = fold.usage.get("prompt_tokens_details") or {}
@@ -105,16 +108,6 @@ async def stream_completion(
         num_prompt_tokens=fold.usage.get("prompt_tokens"),
         num_cached_tokens=details.get("cached_tokens"),
     )
-
-
-async def get_status(url: str, *, api_key: str = "none") -> int:
-    """The HTTP status of a GET."""
-    reader, writer = await _connect(url)
-    try:
-        writer.write(_request_head("GET", url, api_key, 0))
-        return (await _read_head(reader))[0]
-    finally:
-        writer.close()
 
 
 async def _connect(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

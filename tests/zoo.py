@@ -264,7 +264,7 @@ def instantiate(config: PretrainedConfig, *, seed: int = 0, weight_std: float = 
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         randomise(model, weight_std=weight_std)
     # The model's choice alone: no EOS forced at the end, nothing suppressed, as some types' defaults have it.
-    rules = {"forced_eos_token_id": None, "forced_bos_token_id": None, "suppress_tokens": None}
+    rules: dict[str, int | None] = {"forced_eos_token_id": None, "forced_bos_token_id": None, "suppress_tokens": None}
     rules |= {"begin_suppress_tokens": None, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0}
     model.generation_config.update(**SPECIAL_TOKEN_IDS, **rules, do_sample=False)
     return model.eval()
