@@ -117,9 +117,13 @@ class Settings(BaseModel):
         0.001, "seconds that an idle engine waits for company after the first arrival", ge=0, le=10
     )
     continuous_batching_batch_size: int = _option(20, "most sequences in one step", ge=1, le=4096)
-    static_cache: bool = _option(False, "allocate the KV cache once, at full size (not available yet)")
-    static_cache_encoder_max_length: int = _option(256, "encoder positions of each static slot", ge=1)
-    static_cache_decoder_max_length: int = _option(256, "decoder positions of each static slot", ge=1)
+    static_cache: bool = _option(False, "allocate the KV cache once, a slot for each sequence of a step")
+    static_cache_encoder_max_length: int = _option(
+        256, "encoder positions of each static slot (not available yet)", ge=1
+    )
+    static_cache_decoder_max_length: int = _option(
+        256, "positions of each static slot, prompt and output together", ge=1
+    )
     accelerator_type: Literal["cuda", "cpu", "mps"] = _option(
         "cuda", "device to run on; not given and no CUDA there: cpu, with a warning"
     )
@@ -184,7 +188,6 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _refuse_what_cannot_be_honoured(self) -> Self:
         for name, value, feature in (
-            ("static_cache", True, "a preallocated KV cache"),
             ("torch_profiling", True, "profiling"),
             ("hqq", True, "quantisation"),
             ("torch_compile", True, "compilation"),
@@ -194,13 +197,13 @@ class Settings(BaseModel):
             if getattr(self, name) == value:
                 raise _refusal(name, f"{feature} is not available in this version")
         for name, owner in (
-            ("static_cache_encoder_max_length", "--static-cache True"),
-            ("static_cache_decoder_max_length", "--static-cache True"),
+            ("static_cache_encoder_max_length", "--architecture-type encoder-decoder"),
             ("torch_compile_mode", "--torch-compile True"),
             ("processor_type", "--serving-type whisper"),
         ):
             if self.is_given(name):
                 raise _refusal(name, f"has no effect without {owner}, which is not available in this version")
+        self._check_static_cache()
         if self.max_batch_tokens is not None and self.max_batch_tokens < self.continuous_batching_batch_size:
             raise _refusal(
                 "max_batch_tokens",
@@ -208,6 +211,17 @@ class Settings(BaseModel):
                 f"(--continuous-batching-batch-size {self.continuous_batching_batch_size})",
             )
         return self
+
+    def _check_static_cache(self) -> None:
+        name = "static_cache_decoder_max_length"
+        if not self.static_cache:
+            if self.is_given(name):
+                raise _refusal(name, "has no effect without --static-cache True")
+            return
+        for other in ("max_model_len", "kv_cache_memory"):
+            if getattr(self, other) is not None:
+                rule = "follows from --static-cache-decoder-max-length and the batch size with --static-cache True"
+                raise _refusal(other, rule)
 
     @classmethod
     def from_sources(cls, argv: Sequence[str], environ: Mapping[str, str]) -> Self:

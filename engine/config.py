@@ -19,6 +19,7 @@ class EngineConfig:
         max_model_len: most tokens, prompt and output together, of one sequence.
         kv_budget_bytes: most bytes of KV storage at any time (--kv-cache-memory); None for no bound of its own.
         is_prefix_caching: whether finished sequences' KV may serve later prompts (--prefix-caching).
+        is_static_cache: one slot of max_model_len tokens for each of max_num_seqs, allocated when the engine is built.
         eos_token_ids: tokens that end a sequence unless it ignores EOS.
     """
 
@@ -27,4 +28,5 @@ class EngineConfig:
     max_model_len: int
     kv_budget_bytes: int | None = None
     is_prefix_caching: bool = True
+    is_static_cache: bool = False
     eos_token_ids: frozenset[int] = frozenset()

@@ -205,9 +205,8 @@ class Engine:
         logger.exception("KV storage failed; every running sequence is answered with an error")
         error = StepFailed(f"the engine lost its KV storage: {type(failure).__name__}")
         outputs = [self._fail_one(sequence, error) for sequence in list(self.scheduler.running)]
-        self.kv.give_back(0)
-        self.kv.take_ops()
         self.runner.reset()
+        self.runner.apply(self.kv.remake())
         return outputs
 
     def _forget(self, sequence: Sequence) -> None:
@@ -228,7 +227,7 @@ def build_engine(loaded: LoadedModel, config: EngineConfig, progress: Progress) 
     """Choose the model's lane by trying and build the engine around it.
 
     Raises:
-        ValueError: the KV budget holds not even one token.
+        ValueError: the KV budget holds not even one token, or not the static cache that was asked for.
     """
     progress("checking how this model can be batched", None)
     choice = choose_lane(loaded.model, loaded.device)
@@ -236,6 +235,8 @@ def build_engine(loaded: LoadedModel, config: EngineConfig, progress: Progress) 
     sampler = Sampler(loaded.vocab_size, loaded.eos_token_ids, loaded.device)
     if choice.lane == "flat":
         return _build_flat(loaded, config, choice, sampler)
+    if config.is_static_cache:
+        raise ValueError(f"--static-cache True: this model keeps a cache of its own for each sequence: {choice.reason}")
     runner = SoloRunner(loaded.model, loaded.device)
     fixed, per_token = measure_solo(runner, loaded.vocab_size)
     states = StateManager(
@@ -250,6 +251,8 @@ def build_engine(loaded: LoadedModel, config: EngineConfig, progress: Progress) 
 def _build_flat(loaded: LoadedModel, config: EngineConfig, choice: LaneChoice, sampler: Sampler) -> Engine:
     storage = SlotStorage(choice.shapes, loaded.device)
     bytes_per_token = storage.bytes_per_token
+    if config.is_static_cache:
+        return _build_static(loaded, config, choice, sampler, storage)
     budget_tokens = None if config.kv_budget_bytes is None else config.kv_budget_bytes // bytes_per_token
     if budget_tokens is not None and budget_tokens < 1:
         raise ValueError(
@@ -262,3 +265,20 @@ def _build_flat(loaded: LoadedModel, config: EngineConfig, choice: LaneChoice, s
     kv = KVManager(pool, is_prefix_caching=config.is_prefix_caching)
     runner = FlatRunner(loaded.model, storage, kv.slot_of, loaded.device)
     return Engine(config, Lane("flat", choice.reason, bytes_per_token), runner, kv, sampler)
+
+
+def _build_static(
+    loaded: LoadedModel, config: EngineConfig, choice: LaneChoice, sampler: Sampler, storage: SlotStorage
+) -> Engine:
+    """One slot of the full length for each sequence of a step, all allocated now."""
+    per_token, num_slots, length = storage.bytes_per_token, config.max_num_seqs, config.max_model_len
+    per_slot = per_token * length
+    arithmetic = f"{per_token} bytes a token x {length} positions x {num_slots} slots = {per_slot * num_slots} bytes"
+    if config.kv_budget_bytes is not None and per_slot * num_slots > config.kv_budget_bytes:
+        raise ValueError(f"--static-cache True: {arithmetic}, and {config.kv_budget_bytes} bytes are free for it")
+    logger.info("static KV cache: %s (%d bytes a slot)", arithmetic, per_slot)
+    pool = SlotPool((length,), max_slots=num_slots, budget_tokens=length * num_slots, is_static=True)
+    kv = KVManager(pool, is_prefix_caching=config.is_prefix_caching)
+    runner = FlatRunner(loaded.model, storage, kv.slot_of, loaded.device)
+    runner.apply(pool.preallocate())
+    return Engine(config, Lane("flat", choice.reason, per_token), runner, kv, sampler)

@@ -63,6 +63,9 @@ class KVAccounting(Protocol):
     def give_back(self, max_kept_tokens: int) -> None:
         """Free memory that no running sequence needs."""
 
+    def remake(self) -> list[StorageOp]:
+        """Forget everything kept, after storage was lost; what it must make again."""
+
     def check_integrity(self) -> None:
         """Raise AssertionError when the accounts do not add up."""
 

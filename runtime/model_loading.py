@@ -205,9 +205,6 @@ def _load_model(settings: Settings, source: str, device: str, progress: Progress
 
 
 def _engine_config(settings: Settings, loaded: LoadedModel, device: str) -> EngineConfig:
-    asked, positions = settings.max_model_len, loaded.max_positions
-    if asked is not None and positions is not None and asked > positions:
-        raise StartupError(f"--max-model-len {asked}: should be at most the model's positions ({positions})")
     default_tokens = MAX_BATCH_TOKENS_CPU if device == "cpu" else MAX_BATCH_TOKENS_ACCELERATOR
     free_bytes = _free_bytes(device)
     kv_budget_bytes = settings.kv_cache_memory
@@ -221,11 +218,22 @@ def _engine_config(settings: Settings, loaded: LoadedModel, device: str) -> Engi
         max_num_seqs=settings.continuous_batching_batch_size,
         # Every sequence of a full step needs room for its one token.
         max_batch_tokens=settings.max_batch_tokens or max(default_tokens, settings.continuous_batching_batch_size),
-        max_model_len=asked or positions or MAX_MODEL_LEN_OF_UNBOUNDED,
+        max_model_len=_max_model_len(settings, loaded.max_positions),
         kv_budget_bytes=kv_budget_bytes,
         is_prefix_caching=settings.prefix_caching,
+        is_static_cache=settings.static_cache,
         eos_token_ids=loaded.eos_token_ids,
     )
+
+
+def _max_model_len(settings: Settings, positions: int | None) -> int:
+    """The longest sequence: as asked, or what the model has positions for."""
+    option, asked = "--max-model-len", settings.max_model_len
+    if settings.static_cache:
+        option, asked = "--static-cache-decoder-max-length", settings.static_cache_decoder_max_length
+    if asked is not None and positions is not None and asked > positions:
+        raise StartupError(f"{option} {asked}: should be at most the model's positions ({positions})")
+    return asked or positions or MAX_MODEL_LEN_OF_UNBOUNDED
 
 
 def _free_bytes(device: str) -> int:

@@ -70,6 +70,7 @@ GIVEN = [
     ("--allowed-origins", "https://a.example:8443", ("https://a.example:8443",)),
     ("--strict-parameters", "yes", True),
     ("--seed", "17", 17),
+    ("--static-cache", "yes", True),
 ]
 
 REFUSED = [
@@ -98,11 +99,10 @@ REFUSED = [
     # Features that are not there, and options that mean nothing without them: even at their default values.
     ("--hqq", "True", "not available"),
     ("--torch-compile", "True", "not available"),
-    ("--static-cache", "yes", "not available"),
     ("--torch-profiling", "1", "not available"),
     ("--architecture-type", "encoder-decoder", "not available"),
     ("--serving-type", "whisper", "not available"),
-    ("--static-cache-encoder-max-length", "256", "without --static-cache True"),
+    ("--static-cache-encoder-max-length", "256", "without --architecture-type encoder-decoder"),
     ("--static-cache-decoder-max-length", "512", "without --static-cache True"),
     ("--torch-compile-mode", "reduce-overhead", "without --torch-compile True"),
     ("--processor-type", "AutoProcessor", "without --serving-type whisper"),
@@ -144,6 +144,15 @@ def test_a_flag_beats_the_variable_and_the_variable_the_default(flag: str, text:
     assert getattr(from_variable, name) == getattr(from_flag, name) == value
     assert from_variable.is_given(name) and from_flag.is_given(name)
     assert getattr(Settings.from_sources([f"{flag}={text}"], {}), name) == value
+
+
+@pytest.mark.parametrize("other", [["--max-model-len", "64"], ["--kv-cache-memory", "1GiB"]])
+def test_what_follows_from_a_static_cache_is_not_given_beside_it(
+    other: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert Settings.from_sources(["--static-cache", "True", "--static-cache-decoder-max-length", "64"], {}).static_cache
+    line = one_line(["--static-cache", "True", *other], {}, capsys)
+    assert " ".join(other) in line and "--static-cache-decoder-max-length" in line
 
 
 def test_the_two_tables_above_cover_every_option() -> None:

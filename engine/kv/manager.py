@@ -172,6 +172,12 @@ class KVManager:
             self._evict_one(sparing=None)
         self._trim(but=None)
 
+    def remake(self) -> list[StorageOp]:
+        """Drop every kept slot and all pending operations; what storage must make again, empty, after it was lost."""
+        self.give_back(0)
+        self._ops.clear()
+        return self.pool.remake()
+
     def check_integrity(self) -> None:
         """Raise AssertionError when a slot leaked, is held twice, or a key leads nowhere."""
         holdings = [*self._held.values(), *self._kept.values()]

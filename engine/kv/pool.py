@@ -70,14 +70,32 @@ class SlotPool:
         capacities: size classes in tokens, rising; the last is the longest a sequence can be.
         max_slots: most slots of one capacity.
         budget_tokens: most token positions over all arenas; None for no bound.
+        is_static: memory is taken once, by preallocate, and never given back.
     """
 
-    def __init__(self, capacities: tuple[int, ...], max_slots: int, budget_tokens: int | None) -> None:
+    def __init__(
+        self, capacities: tuple[int, ...], max_slots: int, budget_tokens: int | None, *, is_static: bool = False
+    ) -> None:
         self.capacities = capacities
         self.max_slots = max_slots
         self.budget_tokens = budget_tokens
+        self.is_static = is_static
         self.num_tokens_allocated = 0
         self._arenas = {capacity: _Arena() for capacity in capacities}
+
+    def preallocate(self) -> list[StorageOp]:
+        """Make every slot of every arena now."""
+        ops: list[StorageOp] = []
+        for capacity, arena in self._arenas.items():
+            while arena.num_slots < self.max_slots and self._grow(capacity, arena, ops):
+                pass
+        return ops
+
+    def remake(self) -> list[StorageOp]:
+        """What makes the arenas that exist again, empty, after storage was lost."""
+        return [
+            ResizeArena(capacity, (), arena.num_slots) for capacity, arena in self._arenas.items() if arena.num_slots
+        ]
 
     def class_for(self, num_tokens: int) -> int | None:
         """The smallest capacity that holds `num_tokens`, or None when none does."""
@@ -117,6 +135,8 @@ class SlotPool:
         Slots in use are renumbered densely; returns old -> new for those that moved.
         """
         moved: dict[Slot, Slot] = {}
+        if self.is_static:
+            return moved
         for capacity, arena in self._arenas.items():
             if not arena.free or capacity == but:
                 continue
@@ -141,7 +161,7 @@ class SlotPool:
 
     def _grow(self, capacity: int, arena: _Arena, ops: list[StorageOp]) -> bool:
         # Doubling keeps copies amortised; near the budget's edge one slot at a time still fits what can fit.
-        for num_new in (max(1, arena.num_slots), 1):
+        for num_new in (self.max_slots if self.is_static else max(1, arena.num_slots), 1):
             wanted = min(num_new, self.max_slots - arena.num_slots)
             if wanted < 1:
                 return False

@@ -82,6 +82,10 @@ class StateManager:
     def give_back(self, max_kept_tokens: int) -> None:
         """Nothing is kept after a sequence ends."""
 
+    def remake(self) -> list[StorageOp]:
+        """Nothing: there is no storage to lose."""
+        return []
+
     def check_integrity(self) -> None:
         """Raise AssertionError when the budget is exceeded."""
         total = self._bytes(len(self._tokens), self.num_tokens_used)

@@ -53,8 +53,8 @@ class _Faulty:
         self.inner.reset()
 
 
-def _faulty_engine() -> tuple[Engine, _Faulty]:
-    engine = engine_for("llama")
+def _faulty_engine(**limits: Any) -> tuple[Engine, _Faulty]:
+    engine = engine_for("llama", **limits)
     assert isinstance(engine.runner, FlatRunner)
     faulty = _Faulty(engine.runner)
     engine.runner = faulty
@@ -83,8 +83,9 @@ def test_a_forward_that_raises_fails_its_batch_and_the_next_request_is_served() 
     assert tokens(drive(engine, [greedy(9, prompt, 5)])[9]) == reference("llama", prompt, 5)
 
 
-def test_lost_storage_fails_everyone_running_and_starts_afresh() -> None:
-    engine, faulty = _faulty_engine()
+@pytest.mark.parametrize("is_static_cache", [False, True])
+def test_lost_storage_fails_everyone_running_and_starts_afresh(is_static_cache: bool) -> None:
+    engine, faulty = _faulty_engine(is_static_cache=is_static_cache)
     first = greedy(0, zoo.prompt(20), 50)
     engine.add(first)
     for _ in range(5):

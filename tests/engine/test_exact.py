@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from engine.errors import ContextLengthExceeded
 from engine.kv.manager import KVManager
 from engine.kv.pool import SlotPool, size_classes
+from engine.model.runner import FlatRunner
 from tests import zoo
 from tests.engine.harness import drive, engine_for, greedy, reference, tokens
 
@@ -103,3 +105,27 @@ def test_eight_choices_of_one_prompt_compute_it_once() -> None:
     assert [tokens(outputs[n]) for n in range(8)] == [expected] * 8
     # 200 once, then what lies past the last full block for the other seven, and the outputs.
     assert engine.stats().step_tokens_total <= 200 + 7 * (200 - 192 + 32 * 4) + 8 * 9
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
+def test_a_static_cache_gives_the_same_tokens_and_never_allocates(name: str) -> None:
+    expected = [reference(name, prompt, NUM_TOKENS) for prompt in _prompts()]
+    engine = engine_for(name, is_static_cache=True, max_num_seqs=4, max_model_len=128)
+    assert isinstance(engine.runner, FlatRunner)
+    storage = engine.runner.storage
+    tensors = [id(tensor) for arena in storage.arenas.values() for tensor in (*arena.keys, *arena.values)]
+    assert storage.num_bytes == 4 * 128 * engine.lane.kv_bytes_per_token == engine.stats().kv_bytes_allocated
+    for _ in range(2):
+        outputs = drive(engine, [greedy(n, prompt, NUM_TOKENS) for n, prompt in enumerate(_prompts())])
+        assert [tokens(outputs[n]) for n in range(8)] == expected
+        engine.on_idle()
+    assert [id(tensor) for arena in storage.arenas.values() for tensor in (*arena.keys, *arena.values)] == tensors
+    with pytest.raises(ContextLengthExceeded, match=r"130 tokens.*128"):
+        engine.add(greedy(9, zoo.prompt(130), 5))
+
+
+def test_a_static_cache_is_refused_with_the_arithmetic_or_the_reason() -> None:
+    with pytest.raises(ValueError, match=r"512 bytes a token x 128 positions x 4 slots = 262144 bytes, and 1000 bytes"):
+        engine_for("llama", is_static_cache=True, max_num_seqs=4, max_model_len=128, kv_budget_bytes=1000)
+    with pytest.raises(ValueError, match="--static-cache True: this model keeps a cache of its own"):
+        engine_for("mamba", is_static_cache=True)
