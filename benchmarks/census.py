@@ -89,7 +89,7 @@ steps apart, are prefilled in chunks and share batches; *exact* means that the t
 largest difference of the chosen tokens' log-probabilities. *no generate()* means that transformers itself does not run
 the type from token ids; the reason follows. Written by `python -m benchmarks.census`.
 
-{table(("type", "class", "lane", "result", "distinct", "logprob", "why"), rows)}
+{table(("type", "class", "lane", "result", "distinct", "logprob", "why"), rows, left=(0, 1, 2, 3, 6))}
 """
 
 
