@@ -128,7 +128,7 @@ class Settings(BaseModel):
         "cuda", "device to run on; not given and no CUDA there: cpu, with a warning"
     )
     max_concurrent: int = _option(100, "most requests in the server at once; above it 429 with retry-after", ge=1)
-    torch_profiling: bool = _option(False, "profile prefill and step with torch's profiler (not available yet)")
+    torch_profiling: bool = _option(False, "profile a few prefill and decode steps, and a few more at each SIGUSR1")
     hqq: bool = _option(False, "int4 weights by HQQ (not available yet)")
     torch_compile: bool = _option(False, "compile the necessary forwards (not available yet)")
     torch_compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = _option(
@@ -188,7 +188,6 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _refuse_what_cannot_be_honoured(self) -> Self:
         for name, value, feature in (
-            ("torch_profiling", True, "profiling"),
             ("hqq", True, "quantisation"),
             ("torch_compile", True, "compilation"),
             ("architecture_type", "encoder-decoder", "serving encoder-decoder models"),

@@ -151,6 +151,11 @@ class ModelManager:
         self._loaded.add_done_callback(lambda loaded: loaded.cancelled() or loaded.exception())
         self._thread.start()
 
+    def profile_again(self) -> None:
+        """Profiles a few more steps, where --torch-profiling is on and the model is loaded."""
+        if self._stack is not None:
+            self._stack.engine.profile_again()
+
     async def wait_until_loaded(self) -> ModelInfo:
         """What was loaded, as soon as it is; raises what loading raised, StartupError among others."""
         if self._loaded is None:

@@ -97,6 +97,7 @@ class Server(uvicorn.Server):
         self.failure: BaseException | None = None  # what loading raised
         self._manager = manager
         self._drain_s = settings.shutdown_timeout
+        self._profiles = settings.torch_profiling
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_ending = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -104,6 +105,8 @@ class Server(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serves until told to end."""
         self._loop = asyncio.get_running_loop()
+        if self._profiles and hasattr(signal, "SIGUSR1"):  # there is none on Windows
+            self._loop.add_signal_handler(signal.SIGUSR1, self._manager.profile_again)
         await super().serve(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -7,6 +7,7 @@ Made by model_manager from Settings and what the loaded model says.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,7 @@ class EngineConfig:
         is_prefix_caching: whether finished sequences' KV may serve later prompts (--prefix-caching).
         is_static_cache: one slot of max_model_len tokens for each of max_num_seqs, allocated when the engine is built.
         eos_token_ids: tokens that end a sequence unless it ignores EOS.
+        profile_directory: where a few steps' traces go (--torch-profiling); None for no profiling.
     """
 
     max_num_seqs: int
@@ -30,3 +32,4 @@ class EngineConfig:
     is_prefix_caching: bool = True
     is_static_cache: bool = False
     eos_token_ids: frozenset[int] = frozenset()
+    profile_directory: Path | None = None

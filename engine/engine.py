@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from engine.model.loader import LoadedModel, Progress
 from engine.model.runner import FlatRunner, Runner, SoloRunner, StepLogits
 from engine.model.selfcheck import LaneChoice, choose_lane, measure_solo
 from engine.pacing import Pacing
+from engine.profiling import StepProfiler
 from engine.sampling.sampler import Sampler
 from engine.scheduler import Batch, Chosen, KVAccounting, ScheduledSequence, Scheduler
 from engine.sequence import EngineStats, Sequence, SequenceOutput
@@ -59,6 +61,7 @@ class Engine:
         self.runner = runner
         self.kv = kv
         self.sampler = sampler
+        self.profiler = None if config.profile_directory is None else StepProfiler(config.profile_directory)
         self.pacing = Pacing()
         self.scheduler = Scheduler(config, kv, self.pacing)
         self._steps_total = 0
@@ -101,7 +104,8 @@ class Engine:
         if not batch.items:
             return outputs
         try:
-            outputs += self._compute(batch)
+            with nullcontext() if self.profiler is None else self.profiler.step(batch.kind):
+                outputs += self._compute(batch)
         except Exception as failure:
             outputs += self._fail(batch, failure)
         self._observe(batch, time.perf_counter() - started)
@@ -124,6 +128,11 @@ class Engine:
             step_tokens_total=self._step_tokens_total,
             last_step_tokens=self._last_step_tokens,
         )
+
+    def profile_again(self) -> None:
+        """Profile a few more steps, where profiling is on; may be called from any thread."""
+        if self.profiler is not None:
+            self.profiler.again()
 
     def on_idle(self) -> None:
         """Give memory back that nobody uses, and check that nothing leaked."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from engine.config import EngineConfig
 from engine.errors import ContextLengthExceeded, QueueTimeout
@@ -96,6 +96,11 @@ class Batch:
     def num_tokens(self) -> int:
         """Tokens computed in this step."""
         return sum(item.num_tokens for item in self.items)
+
+    @property
+    def kind(self) -> Literal["prefill", "decode"]:
+        """Decode when every sequence computes one token, prefill when a prompt is among them."""
+        return "decode" if self.num_tokens == len(self.items) else "prefill"
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,9 @@ class StepEngine(Protocol):
     def on_idle(self) -> None:
         """Gives memory back and checks the books."""
 
+    def profile_again(self) -> None:
+        """Profiles a few more steps, where profiling is on; called from any thread."""
+
     def close(self) -> None:
         """Frees everything."""
 

@@ -7,7 +7,9 @@ Called by model_manager.py, on the engine thread.
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,7 +225,14 @@ def _engine_config(settings: Settings, loaded: LoadedModel, device: str) -> Engi
         is_prefix_caching=settings.prefix_caching,
         is_static_cache=settings.static_cache,
         eos_token_ids=loaded.eos_token_ids,
+        profile_directory=_profile_directory() if settings.torch_profiling else None,
     )
+
+
+def _profile_directory() -> Path:
+    directory = Path(tempfile.gettempdir()) / f"transformers-openai-api-profile-{os.getpid()}"
+    logger.info("profiling: Chrome traces of a few steps go to %s, of a few more at SIGUSR1", directory)
+    return directory
 
 
 def _max_model_len(settings: Settings, positions: int | None) -> int:

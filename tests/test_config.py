@@ -71,6 +71,7 @@ GIVEN = [
     ("--strict-parameters", "yes", True),
     ("--seed", "17", 17),
     ("--static-cache", "yes", True),
+    ("--torch-profiling", "1", True),
 ]
 
 REFUSED = [
@@ -99,7 +100,6 @@ REFUSED = [
     # Features that are not there, and options that mean nothing without them: even at their default values.
     ("--hqq", "True", "not available"),
     ("--torch-compile", "True", "not available"),
-    ("--torch-profiling", "1", "not available"),
     ("--architecture-type", "encoder-decoder", "not available"),
     ("--serving-type", "whisper", "not available"),
     ("--static-cache-encoder-max-length", "256", "without --architecture-type encoder-decoder"),

@@ -152,6 +152,9 @@ class ScriptedEngine:
     def on_idle(self) -> None:
         pass
 
+    def profile_again(self) -> None:
+        pass
+
     def close(self) -> None:
         self.running.clear()
 
