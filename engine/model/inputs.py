@@ -33,13 +33,24 @@ class DecodeGroup:
     last: int
     slots: list[int]
     lengths: list[int]  # keys of each row, its own included
-    write_index: torch.Tensor  # int64 [B], slot * capacity + position
+    slots_tensor: torch.Tensor  # int64 [B]
+    positions: torch.Tensor  # int64 [B]
     is_padded: bool
     num_slots: int
     max_length: int
     rows: torch.Tensor | None  # int64 [B]
     lengths_tensor: torch.Tensor  # int64 [num_slots], 1 where the row is not ours
     masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+    write_rows: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def rows_to_write(self, num_kv_heads: int) -> torch.Tensor:
+        """Int64 [B * H]: where each row's head goes in an arena seen as [S * H * C, D]."""
+        rows = self.write_rows.get(num_kv_heads)
+        if rows is None:
+            heads = torch.arange(num_kv_heads, device=self.positions.device)
+            rows = (self.slots_tensor[:, None] * num_kv_heads + heads) * self.capacity + self.positions[:, None]
+            rows = self.write_rows[num_kv_heads] = rows.flatten()
+        return rows
 
     def mask(self, window: int | None) -> torch.Tensor | None:
         """Bool [S, 1, 1, L], true where a key may be seen; None when every row sees every key."""
@@ -69,28 +80,38 @@ class Chunk:
     last: int
     start: int
     device: torch.device
-    masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+    masks: dict[tuple[int | None, int, int], torch.Tensor] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
         """Keys that the last token sees, its own included."""
         return self.start + self.last - self.first
 
-    def mask(self, window: int | None) -> torch.Tensor | None:
-        """Bool [Tq, L], true where a key may be seen; None for plain causal from position 0."""
-        if window not in self.masks:
-            self.masks[window] = self._make_mask(window)
-        return self.masks[window]
+    def first_key(self, window: int | None, first: int) -> int:
+        """The first key that the chunk's token number `first`, and so any after it, can see."""
+        return 0 if window is None else max(0, self.start + first + 1 - window)
 
-    def _make_mask(self, window: int | None) -> torch.Tensor | None:
-        if self.start == 0 and (window is None or self.length <= window):
-            return None
-        queries = torch.arange(self.start, self.length, device=self.device)[:, None]
-        keys = torch.arange(self.length, device=self.device)[None]
-        mask = keys <= queries
-        if window is not None:
-            mask &= keys > queries - window
-        return mask
+    def mask(self, window: int | None, first: int, last: int) -> torch.Tensor:
+        """What tokens [first, last) of the chunk see of the keys from first_key up to the last of them.
+
+        Bool [last - first, keys], true where a key may be seen.
+        """
+        key = (window, first, last)
+        if key not in self.masks:
+            queries = torch.arange(self.start + first, self.start + last, device=self.device)[:, None]
+            keys = torch.arange(self.first_key(window, first), self.start + last, device=self.device)[None]
+            mask = keys <= queries
+            if window is not None:
+                mask &= keys > queries - window
+            self.masks[key] = mask
+        return self.masks[key]
+
+    def within(self, num_tokens: int) -> torch.Tensor:
+        """What that many tokens in a row see of each other: bool [num_tokens, num_tokens], lower triangle true."""
+        key = (None, -1, num_tokens)
+        if key not in self.masks:
+            self.masks[key] = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=self.device).tril()
+        return self.masks[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +185,8 @@ def _decode_groups(
                 last=last,
                 slots=indices,
                 lengths=lengths,
-                write_index=torch.tensor(
-                    [index * capacity + length - 1 for index, length in zip(indices, lengths, strict=True)],
-                    device=device,
-                ),
+                slots_tensor=torch.tensor(indices, device=device),
+                positions=torch.tensor([length - 1 for length in lengths], device=device),
                 is_padded=is_padded,
                 num_slots=num_slots,
                 max_length=max_length,

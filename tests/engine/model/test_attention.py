@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from engine.kv.pool import ResizeArena, Slot
-from engine.kv.slots import LayerShape, SlotStorage
+from engine.kv.slots import Arena, LayerShape, SlotStorage
 from engine.model.attention import (
     AttentionCall,
     FlatStep,
     NotFlat,
     attend,
     attend_plain,
+    causal,
     flat_attention,
     flat_step,
 )
-from engine.model.inputs import build_inputs
+from engine.model.inputs import Chunk, build_inputs
 from engine.scheduler import Batch, ScheduledSequence
 from engine.sequence import SamplingParams, Sequence
 
@@ -100,6 +103,37 @@ def test_the_fused_kernel_agrees_with_its_plain_twin(dtype: torch.dtype) -> None
     plain = attend_plain(query, key, value, mask[:, None, None], call)
     tolerance = 1e-5 if dtype is torch.float32 else 2e-2
     torch.testing.assert_close(fused, plain, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("start", [0, 70])
+@pytest.mark.parametrize("has_extras", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_queries_agree_with_the_plain_twin_over_the_whole(
+    window: int | None, start: int, has_extras: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(2)
+    num_queries, length = 300, start + 300  # blocks of 128, 128 and 44
+    query = torch.randn(HEADS, num_queries, DIM).to(dtype)
+    keys, values = torch.randn(KV_HEADS, length, DIM).to(dtype), torch.randn(KV_HEADS, length, VALUE_DIM).to(dtype)
+    sinks = torch.randn(HEADS) if has_extras else None
+    call = AttentionCall(0.3, window, 1.5 if has_extras else None, sinks)
+    chunk = Chunk(Arena(), slot=0, first=0, last=num_queries, start=start, device=DEVICE)
+    got = causal(query, keys, values, chunk, call)
+    positions = torch.arange(length)
+    mask = positions[None] <= positions[start:, None]
+    if window is not None:
+        mask &= positions[None] > positions[start:, None] - window
+    groups = HEADS // KV_HEADS
+    plain = attend_plain(
+        query[None].float(),
+        keys.repeat_interleave(groups, 0)[None].float(),
+        values.repeat_interleave(groups, 0)[None].float(),
+        mask,
+        replace(call, sinks=None if sinks is None else sinks.view(1, HEADS, 1, 1)),
+    )
+    tolerance = 1e-5 if dtype is torch.float32 else 4e-2
+    torch.testing.assert_close(got.float(), plain[0].transpose(0, 1), atol=tolerance, rtol=tolerance)
 
 
 def test_what_the_lane_cannot_honour_is_refused() -> None:
