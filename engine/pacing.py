@@ -8,9 +8,10 @@ from __future__ import annotations
 
 MIN_PROMPT_TOKENS = 16  # progress is promised, however slow the machine
 SMOOTHING = 0.1  # weight of the newest measurement
-# A step with prompt tokens may take this many times a step without: below the threefold that readers would notice.
+# With one prompt, a step may take this many times a step without: below the threefold that readers would notice.
 MAX_SLOWDOWN = 2.5
-MAX_PRESSURE = 4.0  # where more wait for their first token than stream, streams give way, up to this factor
+# With a burst of prompts it may take longer, in proportion to how many wait for their first token, up to here.
+MAX_STEP_S = 0.25
 
 
 class Pacing:
@@ -30,8 +31,8 @@ class Pacing:
             return budget
         if self._stream_step_s is None or self._prompt_token_s is None:
             return min(budget, MIN_PROMPT_TOKENS)
-        pressure = min(MAX_PRESSURE, max(1.0, num_prompts / num_streams))
-        extra_s = (MAX_SLOWDOWN - 1.0) * pressure * self._stream_step_s
+        for_one_s = (MAX_SLOWDOWN - 1.0) * self._stream_step_s
+        extra_s = max(for_one_s, min(num_prompts * for_one_s, MAX_STEP_S - self._stream_step_s))
         return min(budget, max(MIN_PROMPT_TOKENS, int(extra_s / self._prompt_token_s)))
 
     def observe(self, *, num_streams: int, num_prompt_tokens: int, duration_s: float) -> None:
