@@ -34,7 +34,13 @@ ALLOWED = {
     "example_client": set(),
 }  # fmt: skip
 NO_TORCH = ("engine/errors.py", "engine/config.py", "engine/sequence.py", "engine/scheduler.py")
-NO_TORCH_KV = ("engine/kv/pool.py", "engine/kv/prefix.py", "engine/kv/manager.py", "engine/kv/states.py", "engine/pacing.py")
+NO_TORCH_KV = (
+    "engine/kv/pool.py",
+    "engine/kv/prefix.py",
+    "engine/kv/manager.py",
+    "engine/kv/states.py",
+    "engine/pacing.py",
+)
 # What engine/ must not know of at all.
 NOT_IN_ENGINE = {"fastapi", "starlette", "pydantic", "tokenizers", "uvicorn", "sse_starlette", "asyncio"}
 # What is slow to import, and so only imported inside functions of the modules that every start imports.
