@@ -31,7 +31,7 @@ from engine.sequence import EngineStats, Sequence, SequenceOutput
 logger = logging.getLogger(__name__)
 
 SMALLEST_SLOT = 128  # tokens; sequences below this length share one arena
-KEPT_TOKENS_WHEN_IDLE = 16_384  # KV of ended sequences that an idle server keeps for their prefixes
+KEPT_TOKENS_WHEN_IDLE = 8_192  # KV of ended sequences that an idle server keeps for their prefixes
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from engine.errors import InternalError, ServerError
 from engine.sequence import EngineStats, Sequence, SequenceOutput
+from runtime.hardware import give_free_memory_back
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +168,7 @@ class EngineThread:
         """Blocks until something arrives, then gives its company a moment to arrive too."""
         if not self._news.wait(self._idle_after_s):
             engine.on_idle()
+            give_free_memory_back()
             self._listener.on_outputs((), engine.stats())
             self._news.wait()
         if self._microsleep_s > 0:

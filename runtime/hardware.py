@@ -1,11 +1,12 @@
 """What this machine lets the process use: cores and free memory, with a container's limits counted.
 
 Knows nothing of models or settings; no torch here.
-Called by model_loading.py.
+Called by model_loading.py and engine_thread.py.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from pathlib import Path
@@ -38,6 +39,18 @@ def free_memory_bytes(cgroup: Path = _CGROUP) -> int:
         return free
     # Cached files count as used, but leave when memory is needed.
     return max(0, min(free, limit - used + _inactive_file_bytes(cgroup)))
+
+
+def give_free_memory_back() -> None:
+    """Return what was freed to the system, where the C library would keep it for the next allocation (glibc).
+
+    After a burst of prompts 440 MiB of freed activations stayed resident otherwise.
+    """
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):  # another system, another C library
+        return
+    trim(0)
 
 
 def _affine_cores(cpus: Path) -> int | None:

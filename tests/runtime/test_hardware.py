@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
-from runtime.hardware import free_memory_bytes, usable_cores
+from runtime.hardware import free_memory_bytes, give_free_memory_back, usable_cores
 
 MIB = 2**20
 
@@ -87,3 +88,15 @@ def test_the_older_layout_of_memory_limits_counts_too(tmp_path: Path) -> None:
     write(tmp_path / "memory" / "memory.usage_in_bytes", str(60 * MIB))
     write(tmp_path / "memory" / "memory.stat", f"total_inactive_file {MIB}\n")
     assert free_memory_bytes(tmp_path) == 5 * MIB
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries return memory by themselves")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    process = psutil.Process()
+    blocks = [bytearray(60_000) for _ in range(2000)]  # below the size that is mapped for itself
+    last = bytearray(60_000)  # keeps the heap's end in use, so that freeing the others returns nothing
+    full = process.memory_info().rss
+    del blocks
+    give_free_memory_back()
+    assert process.memory_info().rss < full - 60 * 2**20
+    assert last
