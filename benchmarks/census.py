@@ -85,6 +85,7 @@ Of the exact ones, by lane: {by_lane}.
 
 Each type is a tiny random model in float32. Five requests of different lengths, two with a common prefix, arrive a few
 steps apart, are prefilled in chunks and share batches; *exact* means that the tokens of each are those of `generate()`.
+Rules of a type's generation config that force or suppress tokens are switched off for both.
 *distinct* is the number of different tokens in the outputs (a model that repeats itself proves less), *logprob* the
 largest difference of the chosen tokens' log-probabilities. *no generate()* means that transformers itself does not run
 the type from token ids; the reason follows. Written by `python -m benchmarks.census`.
