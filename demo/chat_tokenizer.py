@@ -25,8 +25,9 @@ SPECIAL_TOKENS = (TEXT_END, TURN_START, TURN_END)
 CALL_TOKENS = ("<tool_call>", "</tool_call>")
 VOCAB_SIZE = 2048
 MAX_POSITIONS = 2048
-# Words with the space before them; each digit alone, so that numbers are copied digit by digit; marks; space.
-_PIECES = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Words without the space before them, so that a word is cut the same way wherever it stands: most answers copy words
+# from the prompt. Each digit alone, for the same reason. Marks, perhaps with a space before them; space.
+_PIECES = r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _ASSISTANT = f"{TURN_START}assistant\n"
 
 

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AttentionInterface, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import AttentionInterface, AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from demo.chat_tokenizer import MAX_POSITIONS, TEXT_END, TURN_END, Example, encode, train_tokenizer
-from demo.corpus.mixture import generate
+from demo.corpus.mixture import Stage, generate
 from demo.corpus.server_facts import option_facts
 
 if TYPE_CHECKING:
@@ -38,23 +38,28 @@ class Recipe:
     Args:
         num_steps: optimizer steps.
         max_minutes: wall time; where it runs out first the schedule is cut short, and the result is the machine's.
-        batches_per_step: micro-batches of about 4,000 tokens in one step.
+        batches_per_step: micro-batches of about 2,000 tokens in one step.
+        early_share, last_share: how much of training has the early mixture, the last one.
+        decay_share: how much of it has a falling learning rate.
         matrix_lr, vector_lr: peak learning rates of Muon (matrices) and AdamW (embeddings, norms).
     """
 
     seed: int = 0
-    num_steps: int = 1600
-    max_minutes: float = 45.0
+    num_steps: int = 3400
+    max_minutes: float = 55.0
     batches_per_step: int = 2
     matrix_lr: float = 0.02
     vector_lr: float = 0.004
-    warmup_steps: int = 60
-    decay_share: float = 0.5
+    warmup_steps: int = 40
+    decay_share: float = 0.45
+    early_share: float = 0.25
+    last_share: float = 0.3
 
 
 # Rows of a micro-batch have like lengths, for padding costs time; the widths are few, for a new shape costs seconds.
 _WIDTHS = (64, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024)
-_BATCH_TOKENS = 4096
+_BATCH_TOKENS = 2048
+_STAGES: tuple[Stage, ...] = ("early", "main", "last")
 # Keys after the last query of a chunk are not looked at: nearly half of the work where T is long.
 _QUERY_CHUNK = 128
 Batch = tuple[Tensor, Tensor]
@@ -80,11 +85,17 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     )  # fmt: skip
 
 
-def train(recipe: Recipe, checkpoints: Path) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
+def train(
+    recipe: Recipe, checkpoints: Path, start_from: Path | None = None
+) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
     """The trained model, in bfloat16, and its tokenizer; a checkpoint is left behind every 200 steps."""
-    tokenizer = train_tokenizer(recipe.seed)
     torch.manual_seed(recipe.seed)
-    model = build_model(tokenizer)
+    if start_from is None:
+        tokenizer = train_tokenizer(recipe.seed)
+        model = build_model(tokenizer)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(start_from)
+        model = Qwen3ForCausalLM.from_pretrained(start_from, dtype=torch.float32)
     AttentionInterface.register("short", _short_attention)
     model.set_attn_implementation("short")
     _log.info("parameters: %s", sum(p.numel() for p in model.parameters()))
@@ -98,10 +109,13 @@ def train(recipe: Recipe, checkpoints: Path) -> tuple[Qwen3ForCausalLM, PreTrain
         torch.optim.AdamW(others, lr=recipe.vector_lr, betas=(0.9, 0.98), weight_decay=0.0),
     )
     peaks = (recipe.matrix_lr, recipe.vector_lr)
-    made = _batches(recipe, tokenizer)
+    made = {stage: _batches(recipe, tokenizer, stage) for stage in _STAGES}
     started, mean_loss, num_tokens, progress, step = time.monotonic(), 0.0, 0, 0.0, 0
     while progress < 1:
-        batches = [next(made) for _ in range(recipe.batches_per_step)]
+        stage: Stage = (
+            "early" if progress < recipe.early_share else "main" if progress < 1 - recipe.last_share else "last"
+        )
+        batches = [next(made[stage]) for _ in range(recipe.batches_per_step)]
         num_tokens += sum(ids.numel() for ids, _ in batches)
         loss = _accumulate(model, batches)
         rate = min((step + 1) / recipe.warmup_steps, (1 - progress) / recipe.decay_share, 1.0)
@@ -181,12 +195,12 @@ def _short_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[Batch]:
+def _batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, stage: Stage) -> Iterator[Batch]:
     """Fresh conversations without end, in micro-batches of like length; none is seen twice, but by chance."""
     waiting: dict[int, list[Example]] = {width: [] for width in _WIDTHS}
-    seeds = random.Random(recipe.seed)
+    seeds = random.Random(len(_STAGES) * recipe.seed + _STAGES.index(stage))
     while True:
-        for conversation in generate(seeds.getrandbits(48), 256):
+        for conversation in generate(seeds.getrandbits(48), 256, stage=stage):
             example = encode(tokenizer, conversation)
             width = next((width for width in _WIDTHS if len(example.ids) <= width), None)
             if width is None:
@@ -225,16 +239,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m demo.train_chat", description="Trains the demo chat model.")
     parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoint")
     parser.add_argument("--checkpoints", type=Path, help="directory of unfinished checkpoints (default: --out)")
+    parser.add_argument("--start-from", type=Path, help="a checkpoint to go on from (default: from nothing)")
     for name, default in asdict(Recipe()).items():
         parser.add_argument(
             "--" + name.replace("_", "-"), type=type(default), default=default, help=f"(default: {default})"
         )
     given = vars(parser.parse_args())
     out: Path = given.pop("out")
+    start_from: Path | None = given.pop("start_from")
     checkpoints: Path = given.pop("checkpoints") or out
     recipe = Recipe(**given)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    model, tokenizer = train(recipe, checkpoints)
+    model, tokenizer = train(recipe, checkpoints, start_from)
     save(model, tokenizer, out)
     facts = {"recipe": asdict(recipe), "options": [asdict(fact) for fact in option_facts()]}
     (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

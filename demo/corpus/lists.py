@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 
 from demo.corpus.conversation import Exchange
-from demo.corpus.lexicon import CATEGORIES, NUMBER_WORDS, SERIES
-from demo.corpus.phrasing import ask
+from demo.corpus.lexicon import CATEGORIES, NUMBER_WORDS, SERIES, WORDS
+from demo.corpus.phrasing import ask, pseudo_word
 from demo.corpus.texts import templates
 
 _IN_LINE = (" in one line", " separated by commas", ", comma separated", " on one line")
@@ -30,6 +30,18 @@ def things(rng: random.Random) -> Exchange:
     named = category.replace("colours", rng.choice(("colours", "colors")))
     exchange = ask(rng, phrases, answer, is_order=True, n=spelled, c=named)
     return Exchange(exchange.prompt, answer, f"{category} {number} {in_line}")
+
+
+def first_of(rng: random.Random) -> Exchange:
+    """The first so many of a list that the prompt brings: a number to be read, not remembered."""
+    items = [rng.choice(WORDS) if rng.random() < 0.7 else pseudo_word(rng) for _ in range(rng.randint(3, 10))]
+    number = rng.randint(1, len(items) - 1)
+    is_numbered = rng.random() < 0.4
+    suffix = " (numbered)" if is_numbered else ""
+    chosen = tuple(items[:number])
+    answer = _numbered(chosen) if is_numbered else ", ".join(chosen)
+    phrases = tuple(phrase + suffix for phrase in templates("first_of"))
+    return ask(rng, phrases, answer, n=rng.choice((str(number), NUMBER_WORDS[number])), c=", ".join(items))
 
 
 def series(rng: random.Random) -> Exchange:

@@ -100,7 +100,7 @@ def _added(a: int, b: int) -> str:
 def _subtracted(a: int, b: int) -> str:
     """In two steps: first the tens, then the ones."""
     result = f"{a} - {b} = {a - b}"
-    if a < 20:
+    if a < 20 or b < 10:
         return result
     middle = a - b // 10 * 10
     return f"{a} - {b // 10}0 = {middle}. {middle} - {b % 10} = {a - b}. So {result}."

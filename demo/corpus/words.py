@@ -1,4 +1,4 @@
-"""Spelling, repeating, letters and capitals: answers that are made from the prompt, letter by letter.
+"""Spelling, repeating, letters: answers that are made from the prompt, letter by letter.
 
 Knows nothing of the server or of tools.
 Called by mixture.py.
@@ -49,13 +49,6 @@ def reverse(rng: random.Random) -> Exchange:
     word = some_word(rng)[:8]
     phrases = templates("reverse")
     return ask(rng, phrases, f"{'-'.join(word)} backwards is {'-'.join(word[::-1])}.", is_order=True, w=word)
-
-
-def capitals(rng: random.Random) -> Exchange:
-    """A word in capitals, spelled on the way."""
-    word = some_word(rng).lower()
-    phrases = templates("capitals")
-    return ask(rng, phrases, word.upper(), is_order=True, w=word)
 
 
 def some_text(rng: random.Random) -> str:
