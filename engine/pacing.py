@@ -9,7 +9,7 @@ from __future__ import annotations
 MIN_PROMPT_TOKENS = 16  # progress is promised, however slow the machine
 SMOOTHING = 0.1  # weight of the newest measurement
 # With one prompt, a step may take this many times a step without: below the threefold that readers would notice.
-MAX_SLOWDOWN = 2.5
+MAX_SLOWDOWN = 2.2
 # With a burst of prompts it may take longer, in proportion to how many wait for their first token, up to here.
 MAX_STEP_S = 0.25
 
