@@ -114,7 +114,7 @@ def test_a_reader_that_does_not_read_holds_up_nobody_and_loses_nothing(live: Liv
     server = live()
     num_tokens, num_choices = 400, 8
     server.engine.script = says([65] * num_tokens, None)
-    # Seven megabytes each: more than the sockets' buffers take.
+    # Seven megabytes each: about as much as the sockets' buffers take at most, and far more than they begin with.
     asked = {"stream": True, "max_tokens": num_tokens, "logprobs": True, "top_logprobs": 20, "n": num_choices}
     slow = [send(server, asked) for _ in range(2)]
     start = time.monotonic()
@@ -122,8 +122,6 @@ def test_a_reader_that_does_not_read_holds_up_nobody_and_loses_nothing(live: Liv
         assert b"200 OK" in quick.recv(1000)
     assert time.monotonic() - start < 5
     wait_until(lambda: not server.engine.running, 10)
-    # The quick one's place is given up a moment after its answer has arrived.
-    wait_until(lambda: server.manager.num_admitted == len(slow), 5)
     for connection in slow:
         with connection:
             data = bytearray()
