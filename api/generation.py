@@ -88,12 +88,17 @@ class Choice:
     def _advance(self, output: SequenceOutput) -> ChoiceDelta:
         self._keep_time(output)
         ids = output.token_ids
-        self.num_tokens += len(ids)
         self.num_cached_tokens = output.num_cached_tokens
         is_last = output.finish_reason is not None
         has_end_token = output.stop_token_id is not None
         delta = self._text.push(ids, is_last=is_last, drop_last_token=has_end_token)
-        finish_reason = output.finish_reason if delta.stop_string is None else "stop"
+        finish_reason = output.finish_reason
+        if delta.stop_string is not None:
+            # Outputs may arrive merged: what was made after the stop string is no part of the answer, whenever it came.
+            finish_reason = "stop"
+            ids = ids[: len(ids) - delta.num_surplus - has_end_token]
+            has_end_token = False
+        self.num_tokens += len(ids)
         entries: tuple[TokenEntry, ...] = ()
         if output.logprobs is not None:
             # The token that ended the sequence is not text, and neither are the tokens of a stop string.

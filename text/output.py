@@ -26,11 +26,13 @@ class TextDelta:
         text: new text, whole characters, no part of a stop string.
         stop_string: the stop string that was met; nothing follows it.
         num_tokens: of all tokens pushed so far, how many have their text out.
+        num_surplus: how many of the tokens just pushed came after the one that completed the stop string.
     """
 
     text: str
     stop_string: str | None
     num_tokens: int
+    num_surplus: int = 0
 
 
 class TextOutput:
@@ -86,15 +88,18 @@ class TextOutput:
 
     def _push_matched(self, token_ids: Sequence[int], matcher: StopMatcher, is_last: bool) -> TextDelta:
         text = ""
+        num_surplus = 0
         for token_id in token_ids:
             if matcher.matched is None:
                 text += self._through(matcher, self._detokenizer.push(token_id))
+            else:
+                num_surplus += 1
         if is_last and matcher.matched is None:
             text += self._through(matcher, self._detokenizer.flush())
             text += matcher.flush()
         self._num_chars_out += len(text)
         self._count_tokens_out(has_stopped=matcher.matched is not None)
-        return TextDelta(text, matcher.matched, self._num_out)
+        return TextDelta(text, matcher.matched, self._num_out, num_surplus)
 
     def _through(self, matcher: StopMatcher, piece: str) -> str:
         """A piece through the matcher; notes where the tokens that it completes end."""

@@ -108,9 +108,8 @@ def test_nothing_follows_a_stop_string() -> None:
     output = TextOutput(tokenizer, [], stop=("two",))
     first = output.push(tokenizer.encode("one two three", add_special_tokens=False))
     assert (first.text, first.stop_string) == ("one ", "two")
-    assert output.push(tokenizer.encode("four", add_special_tokens=False), is_last=True) == TextDelta(
-        "", "two", first.num_tokens
-    )
+    late = tokenizer.encode("four", add_special_tokens=False)
+    assert output.push(late, is_last=True) == TextDelta("", "two", first.num_tokens, num_surplus=len(late))
 
 
 @pytest.mark.parametrize("make", [byte_level, sentencepiece])
