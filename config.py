@@ -165,6 +165,10 @@ class Settings(BaseModel):
     shutdown_timeout: Seconds = _option(30.0, "seconds that running requests get to finish after SIGTERM", ge=0)
     # A million tokens are about 4 MB as text and 7 MB as ids.
     max_body_size: Bytes = _option(16 * 2**20, "most bytes of a request's body, or as in 16MiB", ge=1)
+    # OpenAI's own limit for audio files.
+    max_audio_size: Bytes = _option(25_000_000, "most bytes of an audio upload, or as in 25MB", ge=1)
+    # A small file can hold hours of silence: what is decoded is bounded, not only what is uploaded.
+    max_audio_seconds: Seconds = _option(7200.0, "longest audio that is transcribed, in seconds", gt=0)
     api_key: Annotated[tuple[Annotated[str, AfterValidator(_check_key)], ...], BeforeValidator(_to_items)] = _option(
         (), "key that requests must carry; repeatable, comma separated in the variable", shown="none", repr=False
     )

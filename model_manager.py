@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from config import Settings
 from engine.errors import EngineDead, NotServing, RequestTimeout, ServerError
-from engine.sequence import EngineStats, SamplingParams, Sequence, SequenceOutput
+from engine.sequence import EngineStats, SamplingParams, Sequence, SequenceOutput, Source
 from runtime.admission import Admission
 from runtime.engine_thread import IDLE_AFTER_S, EngineThread, StepEngine
 from runtime.model_loading import LoadedStack, ModelInfo, Progress, load_model_stack
@@ -51,6 +51,7 @@ class GenerationRequest:
         priority: lower runs first among those waiting.
         cache_salt: sequences of different salts never share KV.
         arrival_time_s: time.monotonic() of the request's arrival; queue and request timeouts count from it.
+        source: what the encoder reads; None for models without one.
     """
 
     prompt_token_ids: list[int]
@@ -58,6 +59,7 @@ class GenerationRequest:
     priority: int = 0
     cache_salt: bytes = b""
     arrival_time_s: float = field(default_factory=time.monotonic)
+    source: Source | None = None
 
 
 class ModelManager:
@@ -232,6 +234,7 @@ class ModelManager:
             priority=request.priority,
             cache_salt=request.cache_salt,
             deadline_s=None if settings.max_queue_time is None else arrival_s + settings.max_queue_time,
+            source=request.source,
         )
         queue = self._queues[sequence.sequence_id] = OutputQueue()
         is_over = False

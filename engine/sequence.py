@@ -8,11 +8,81 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from engine.errors import ServerError
 
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
 FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """What the encoder of an encoder-decoder reads for a sequence: text as ids, or speech as features.
+
+    Args:
+        key: equal for two sources whose encoder output is the same and may be shared (a digest, salted by API key).
+        num_positions: of the encoder's output, which cross-attention looks at.
+        token_ids: of a text; None for speech.
+        features: log-mel spectrogram [mel bins, frames], float32; None for text.
+    """
+
+    key: bytes
+    num_positions: int
+    token_ids: tuple[int, ...] | None = None
+    features: npt.NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TimestampRules:
+    """The grammar of Whisper's timestamp tokens (Radford et al. 2022, and the reference implementation).
+
+    Timestamps come in pairs, never fall, and are chosen whenever all of them together are likelier than any text token.
+
+    Args:
+        first_id: of <|0.00|>; every id from here on is a timestamp.
+        end_of_text_id: every id below it is text.
+        no_timestamps_id: never chosen.
+        max_initial_index: the first timestamp is at most this many after <|0.00|>; None for no bound.
+    """
+
+    first_id: int
+    end_of_text_id: int
+    no_timestamps_id: int
+    max_initial_index: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRules:
+    """Which tokens may be chosen at all; what may not is impossible in its log-probabilities too.
+
+    Args:
+        suppressed: never.
+        suppressed_first: not as the first output token.
+        allowed: only these; None for all.
+        timestamps: the grammar of timestamp tokens; None where there are none.
+    """
+
+    suppressed: tuple[int, ...] = ()
+    suppressed_first: tuple[int, ...] = ()
+    allowed: tuple[int, ...] | None = None
+    timestamps: TimestampRules | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptProbe:
+    """Asks how likely some tokens are after a token of the prompt: Whisper tells silence and language that way.
+
+    Args:
+        position: index of the prompt token whose logits are read.
+        token_ids: whose probabilities are wanted.
+    """
+
+    position: int
+    token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +90,7 @@ class SamplingParams:
     """How to choose tokens for one sequence; every field is already validated and resolved.
 
     Args:
-        max_tokens: most tokens to generate, >= 1 (0 only with `prompt_logprobs`, to score a prompt).
+        max_tokens: most tokens to generate, >= 1 (0 only to score or to align a prompt).
         temperature: >= 0; 0 is greedy.
         top_p: (0, 1]; 1 is off.
         top_k: >= 0; 0 is off.
@@ -34,6 +104,9 @@ class SamplingParams:
         stop_token_ids: more tokens that end the sequence.
         num_logprobs: None for none, else how many alternatives beside the chosen token's logprob (0-20).
         num_prompt_logprobs: the same for each prompt token after the first (`echo` with logprobs).
+        token_rules: which tokens may be chosen; None for all.
+        probe: probabilities to tell from the prompt; None for none.
+        is_aligning: tell where the alignment heads of a speech model look; only with max_tokens 0.
     """
 
     max_tokens: int
@@ -51,6 +124,9 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
+    token_rules: TokenRules | None = None
+    probe: PromptProbe | None = None
+    is_aligning: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +153,9 @@ class SequenceOutput:
         stop_token_id: the EOS or stop token that ended it, which is not text.
         num_cached_tokens: prompt tokens that were not recomputed thanks to prefix reuse.
         scheduled_time_s: time.monotonic() at which the sequence first entered a step.
+        probed: probabilities of the probe's tokens, with the first output only, when asked for.
+        alignment: float32 [alignment heads, prompt tokens, encoder positions], attention weights of the alignment heads
+            over the source, with the first output only, when asked for.
         error: set on the last output of a sequence that failed; then token_ids is empty.
     """
 
@@ -88,6 +167,8 @@ class SequenceOutput:
     stop_token_id: int | None = None
     num_cached_tokens: int = 0
     scheduled_time_s: float | None = None
+    probed: tuple[float, ...] | None = None
+    alignment: npt.NDArray[np.float32] | None = None
     error: ServerError | None = None
 
     @property
@@ -110,12 +191,13 @@ class Sequence:
 
     Args:
         sequence_id: unique in the process.
-        prompt_token_ids: at least one id, each below the vocabulary size.
+        prompt_token_ids: at least one id, each below the vocabulary size; of an encoder-decoder, the decoder's.
         params: how to choose tokens.
         arrival_time_s: time.monotonic() of its arrival.
         priority: lower runs first among those waiting.
         cache_salt: keys the prefix cache; sequences of different salts never share KV.
         deadline_s: time.monotonic() until which it must have entered its first step, or QueueTimeout; None for never.
+        source: what the encoder reads; None for models without one.
     """
 
     sequence_id: int
@@ -125,6 +207,7 @@ class Sequence:
     priority: int = 0
     cache_salt: bytes = b""
     deadline_s: float | None = None
+    source: Source | None = None
     # Below: the engine's own; no one else writes them.
     state: SequenceState = SequenceState.WAITING
     output_token_ids: list[int] = field(default_factory=list)

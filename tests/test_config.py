@@ -66,6 +66,8 @@ GIVEN = [
     ("--request-timeout", "1.5", 1.5),
     ("--shutdown-timeout", "0", 0.0),
     ("--max-body-size", "500kB", 500_000),
+    ("--max-audio-size", "1MB", 1_000_000),
+    ("--max-audio-seconds", "60", 60.0),
     ("--api-key", "one", ("one",)),
     ("--allowed-origins", "https://a.example:8443", ("https://a.example:8443",)),
     ("--strict-parameters", "yes", True),
