@@ -17,8 +17,9 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.tiny_configs import tiny_config
+from engine.build import build_engine
 from engine.config import EngineConfig
-from engine.engine import Engine, build_engine
+from engine.engine import Engine
 from engine.model.loader import describe
 from engine.sequence import SamplingParams, SequenceOutput
 from engine.sequence import Sequence as EngineSequence

@@ -19,8 +19,9 @@ import torch
 
 from benchmarks.models import SHAPES, write_checkpoint
 from benchmarks.report import percentile
+from engine.build import build_engine
 from engine.config import EngineConfig
-from engine.engine import Engine, build_engine
+from engine.engine import Engine
 from engine.model.loader import LoadRequest, load_model
 from engine.sequence import SamplingParams, Sequence
 

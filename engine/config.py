@@ -18,6 +18,8 @@ class EngineConfig:
         max_num_seqs: most sequences in one step (--continuous-batching-batch-size).
         max_batch_tokens: token budget of one step (--max-batch-tokens).
         max_model_len: most tokens, prompt and output together, of one sequence.
+        max_source_len: most positions of an encoder's output (--static-cache-encoder-max-length where the cache is
+            static); None for a model without encoder.
         kv_budget_bytes: most bytes of KV storage at any time (--kv-cache-memory); None for no bound of its own.
         is_prefix_caching: whether finished sequences' KV may serve later prompts (--prefix-caching).
         is_static_cache: one slot of max_model_len tokens for each of max_num_seqs, allocated when the engine is built.
@@ -28,6 +30,7 @@ class EngineConfig:
     max_num_seqs: int
     max_batch_tokens: int
     max_model_len: int
+    max_source_len: int | None = None
     kv_budget_bytes: int | None = None
     is_prefix_caching: bool = True
     is_static_cache: bool = False

@@ -1,7 +1,7 @@
 """The step: schedule, forward, sample, commit; and what happens to a step that fails.
 
 Knows nothing of text, HTTP or asyncio; runs on one thread, the engine thread, that model_manager owns.
-Built by build_engine from a loaded model; driven through add, abort and step.
+Built by engine/build.py from a loaded model; driven through add, abort and step.
 """
 
 from __future__ import annotations
@@ -15,13 +15,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.errors import ServerError, StepFailed
-from engine.kv.manager import KVManager
-from engine.kv.pool import SlotPool, size_classes
-from engine.kv.slots import SlotStorage
-from engine.kv.states import StateManager
-from engine.model.loader import LoadedModel, Progress
-from engine.model.runner import FlatRunner, Runner, SoloRunner, StepLogits
-from engine.model.selfcheck import LaneChoice, choose_lane, measure_solo
+from engine.model.runner import Runner, StepLogits
 from engine.pacing import Pacing
 from engine.profiling import StepProfiler
 from engine.sampling.sampler import Sampler
@@ -30,7 +24,6 @@ from engine.sequence import EngineStats, Sequence, SequenceOutput
 
 logger = logging.getLogger(__name__)
 
-SMALLEST_SLOT = 128  # tokens; sequences below this length share one arena
 KEPT_TOKENS_WHEN_IDLE = 8_192  # KV of ended sequences that an idle server keeps for their prefixes
 
 
@@ -224,70 +217,8 @@ class Engine:
 
     def _observe(self, batch: Batch, duration_s: float) -> None:
         num_streams = sum(1 for item in batch.items if item.num_tokens == 1)
-        num_prompt_tokens = batch.num_tokens - num_streams
+        num_prompt_tokens = batch.num_tokens - num_streams + batch.num_to_encode
         self.pacing.observe(num_streams=num_streams, num_prompt_tokens=num_prompt_tokens, duration_s=duration_s)
         self._steps_total += 1
         self._step_tokens_total += batch.num_tokens
         self._last_step_tokens = batch.num_tokens
-
-
-@torch.inference_mode()
-def build_engine(loaded: LoadedModel, config: EngineConfig, progress: Progress) -> Engine:
-    """Choose the model's lane by trying and build the engine around it.
-
-    Raises:
-        ValueError: the KV budget holds not even one token, or not the static cache that was asked for.
-    """
-    progress("checking how this model can be batched", None)
-    choice = choose_lane(loaded.model, loaded.device)
-    logger.info("lane %s: %s", choice.lane, choice.reason)
-    sampler = Sampler(loaded.vocab_size, loaded.eos_token_ids, loaded.device)
-    if choice.lane == "flat":
-        return _build_flat(loaded, config, choice, sampler)
-    if config.is_static_cache:
-        raise ValueError(f"--static-cache True: this model keeps a cache of its own for each sequence: {choice.reason}")
-    runner = SoloRunner(loaded.model, loaded.device)
-    fixed, per_token = measure_solo(runner, loaded.vocab_size)
-    states = StateManager(
-        bytes_fixed=fixed,
-        bytes_per_token=per_token,
-        budget_bytes=config.kv_budget_bytes,
-        max_model_len=config.max_model_len,
-    )
-    return Engine(config, Lane("solo", choice.reason, per_token, fixed), runner, states, sampler)
-
-
-def _build_flat(loaded: LoadedModel, config: EngineConfig, choice: LaneChoice, sampler: Sampler) -> Engine:
-    storage = SlotStorage(choice.shapes, loaded.device)
-    bytes_per_token = storage.bytes_per_token
-    if config.is_static_cache:
-        return _build_static(loaded, config, choice, sampler, storage)
-    budget_tokens = None if config.kv_budget_bytes is None else config.kv_budget_bytes // bytes_per_token
-    if budget_tokens is not None and budget_tokens < 1:
-        raise ValueError(
-            f"--kv-cache-memory {config.kv_budget_bytes}: one token of this model takes {bytes_per_token} bytes"
-        )
-    longest = config.max_model_len if budget_tokens is None else min(config.max_model_len, budget_tokens)
-    capacities = size_classes(min(SMALLEST_SLOT, longest), longest)
-    # Twice the running ones: as many ended sequences may be kept for their prefixes.
-    pool = SlotPool(capacities, max_slots=2 * config.max_num_seqs, budget_tokens=budget_tokens)
-    kv = KVManager(pool, is_prefix_caching=config.is_prefix_caching)
-    runner = FlatRunner(loaded.model, storage, kv.slot_of, loaded.device)
-    return Engine(config, Lane("flat", choice.reason, bytes_per_token), runner, kv, sampler)
-
-
-def _build_static(
-    loaded: LoadedModel, config: EngineConfig, choice: LaneChoice, sampler: Sampler, storage: SlotStorage
-) -> Engine:
-    """One slot of the full length for each sequence of a step, all allocated now."""
-    per_token, num_slots, length = storage.bytes_per_token, config.max_num_seqs, config.max_model_len
-    per_slot = per_token * length
-    arithmetic = f"{per_token} bytes a token x {length} positions x {num_slots} slots = {per_slot * num_slots} bytes"
-    if config.kv_budget_bytes is not None and per_slot * num_slots > config.kv_budget_bytes:
-        raise ValueError(f"--static-cache True: {arithmetic}, and {config.kv_budget_bytes} bytes are free for it")
-    logger.info("static KV cache: %s (%d bytes a slot)", arithmetic, per_slot)
-    pool = SlotPool((length,), max_slots=num_slots, budget_tokens=length * num_slots, is_static=True)
-    kv = KVManager(pool, is_prefix_caching=config.is_prefix_caching)
-    runner = FlatRunner(loaded.model, storage, kv.slot_of, loaded.device)
-    runner.apply(pool.preallocate())
-    return Engine(config, Lane("flat", choice.reason, per_token), runner, kv, sampler)

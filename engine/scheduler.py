@@ -11,15 +11,15 @@ prompt cut over several steps, a reused prefix or a preempted sequence that reco
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from engine.config import EngineConfig
-from engine.errors import ContextLengthExceeded, QueueTimeout
+from engine.errors import ContextLengthExceeded, InvalidValue, QueueTimeout
 from engine.kv.pool import StorageOp
 from engine.pacing import Pacing
-from engine.sequence import FinishReason, Sequence, SequenceOutput, SequenceState, TokenLogprobs
+from engine.sequence import FinishReason, Sequence, SequenceOutput, SequenceState, Source, TokenLogprobs
 
 AGEING_S = 5.0  # a sequence that has waited this long counts as one priority step more urgent
 
@@ -28,8 +28,14 @@ class KVAccounting(Protocol):
     """What the scheduler asks of KV memory; kv/manager.py (slots) and kv/states.py (models' own caches) answer."""
 
     is_chunkable: bool
-    prefix_queries_total: int
-    prefix_hits_total: int
+
+    @property
+    def prefix_queries_total(self) -> int:
+        """Positions looked up for reuse."""
+
+    @property
+    def prefix_hits_total(self) -> int:
+        """Positions found."""
 
     @property
     def num_tokens_used(self) -> int:
@@ -41,6 +47,12 @@ class KVAccounting(Protocol):
 
     def can_ever_hold(self, num_tokens: int) -> bool:
         """Whether a sequence of `num_tokens` fits when it is alone."""
+
+    def can_ever_encode(self, source: Source | None) -> bool:
+        """Whether an encoder output of this size fits when it is alone; without encoder, whether there is none."""
+
+    def num_to_encode(self, sequence: Sequence) -> int:
+        """Encoder positions that must be computed before a waiting sequence can run."""
 
     def is_being_computed(self, sequence: Sequence) -> bool:
         """Whether waiting a little spares this sequence a good deal of computing, because another is at it."""
@@ -57,13 +69,13 @@ class KVAccounting(Protocol):
     def free(self, sequence: Sequence, *, can_keep: bool) -> None:
         """Take a sequence's memory back; it may stay for its prefix when `can_keep`."""
 
-    def take_ops(self) -> list[StorageOp]:
+    def take_ops(self) -> Iterable[StorageOp]:
         """What storage must do before the next forward."""
 
     def give_back(self, max_kept_tokens: int) -> None:
         """Free memory that no running sequence needs."""
 
-    def remake(self) -> list[StorageOp]:
+    def remake(self) -> Iterable[StorageOp]:
         """Forget everything kept, after storage was lost; what it must make again."""
 
     def check_integrity(self) -> None:
@@ -87,10 +99,17 @@ class ScheduledSequence:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step's work; `preempted` had to go to make room, and recompute when they are admitted again."""
+    """One step's work.
+
+    Args:
+        items: the sequences and their tokens.
+        preempted: had to go to make room, and recompute when they are admitted again.
+        num_to_encode: encoder positions that must be computed before the items' tokens.
+    """
 
     items: tuple[ScheduledSequence, ...]
     preempted: tuple[Sequence, ...] = ()
+    num_to_encode: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -99,8 +118,8 @@ class Batch:
 
     @property
     def kind(self) -> Literal["prefill", "decode"]:
-        """Decode when every sequence computes one token, prefill when a prompt is among them."""
-        return "decode" if self.num_tokens == len(self.items) else "prefill"
+        """Decode when every sequence computes one token, prefill when a prompt or a source is among them."""
+        return "decode" if self.num_tokens == len(self.items) and not self.num_to_encode else "prefill"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +157,9 @@ class Scheduler:
 
         Raises:
             ContextLengthExceeded: it can never fit, whatever else runs.
+            InvalidValue: it has a source and the model no encoder, or the other way round.
         """
+        self._check_source(sequence.source)
         num_prompt = len(sequence.prompt_token_ids)
         if num_prompt >= self.config.max_model_len and sequence.params.max_tokens > 0:
             raise ContextLengthExceeded(
@@ -154,6 +175,26 @@ class Scheduler:
                 param="max_tokens",
             )
         self.waiting.append(sequence)
+
+    def _check_source(self, source: Source | None) -> None:
+        longest = self.config.max_source_len
+        if (source is None) != (longest is None):
+            raise InvalidValue(
+                "this model reads a source with its encoder" if source is None else "this model has no encoder"
+            )
+        if source is None or longest is None:
+            return
+        if source.num_positions > longest:
+            raise ContextLengthExceeded(
+                f"the prompt has {source.num_positions} tokens, and this model's encoder reads at most {longest}",
+                param="prompt",
+            )
+        if not self.kv.can_ever_encode(source):
+            raise ContextLengthExceeded(
+                f"the encoder's output of {source.num_positions} positions needs more KV memory than "
+                "--kv-cache-memory gives this server",
+                param="prompt",
+            )
 
     def abort(self, sequence_id: int) -> Sequence | None:
         """Forget a sequence wherever it stands; None when it is not here."""
@@ -204,8 +245,8 @@ class Scheduler:
             if sequence.state is SequenceState.RUNNING and self._make_room(sequence):
                 prompt_budget -= self._append(items, sequence, prompt_budget)
         items = [item for item in items if item.sequence.state is SequenceState.RUNNING]
-        self._admit(items, prompt_budget)
-        return Batch(tuple(items), tuple(self._preempted))
+        num_to_encode = self._admit(items, prompt_budget)
+        return Batch(tuple(items), tuple(self._preempted), num_to_encode)
 
     def commit(self, batch: Batch, chosen: dict[int, Chosen]) -> list[SequenceOutput]:
         """Note a finished forward and its chosen tokens (by sequence id); returns what each sequence gained."""
@@ -219,25 +260,33 @@ class Scheduler:
                 outputs.append(self._output(sequence, chosen.get(sequence.sequence_id)))
         return outputs
 
-    def _admit(self, items: list[ScheduledSequence], prompt_budget: int) -> None:
+    def _admit(self, items: list[ScheduledSequence], prompt_budget: int) -> int:
+        """Let waiting sequences in while the budget lasts; returns the encoder positions that this step computes."""
+        num_to_encode = 0
         if not self.waiting:
-            return
+            return num_to_encode
         now = self.clock()
         self.waiting.sort(key=lambda s: (s.priority - int((now - s.arrival_time_s) / AGEING_S), s.arrival_time_s))
         for sequence in list(self.waiting):
             if prompt_budget <= 0 or len(self.running) >= self.config.max_num_seqs:
-                return
+                break
+            # A source is encoded whole. One always may be, however small the budget: progress is promised.
+            more = self.kv.num_to_encode(sequence)
+            if num_to_encode and more > prompt_budget:
+                break
             if self.kv.is_being_computed(sequence):
                 continue  # choices of one prompt, clients of one system prompt: the first computes for all
             if not self.kv.admit(sequence):
                 # Strictly in order: letting small ones pass would starve the large.
-                return
+                break
             self.waiting.remove(sequence)
             sequence.state = SequenceState.RUNNING
             if sequence.scheduled_time_s is None:
                 sequence.scheduled_time_s = now
             self.running.append(sequence)
-            prompt_budget -= self._append(items, sequence, prompt_budget)
+            prompt_budget -= self._append(items, sequence, prompt_budget) + more
+            num_to_encode += more
+        return num_to_encode
 
     def _append(self, items: list[ScheduledSequence], sequence: Sequence, budget: int) -> int:
         start = sequence.num_computed_tokens

@@ -216,6 +216,7 @@ class Sequence:
     scheduled_time_s: float | None = None
     num_preemptions: int = 0
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    alignment: list[npt.NDArray[np.float32]] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

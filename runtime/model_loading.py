@@ -259,7 +259,7 @@ def _free_bytes(device: str) -> int:
 
 
 def _build_engine(loaded: LoadedModel, config: EngineConfig, progress: Progress) -> Engine:
-    from engine.engine import build_engine
+    from engine.build import build_engine
 
     try:
         return build_engine(loaded, config, progress)

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from engine.kv.pool import CopySlot, Slot, SlotPool, StorageOp
+from engine.kv.pool import CopySlot, Slot, SlotOp, SlotPool
 from engine.kv.prefix import BLOCK_SIZE, PrefixIndex, block_keys, chain
-from engine.sequence import Sequence
+from engine.sequence import Sequence, Source
 
 WORTH_WAITING_BLOCKS = 4  # a beginning that another sequence computes right now is waited for from this length on
 RESERVED_OUTPUT_TOKENS = 64  # room asked for beyond the prompt, so that short answers never move
@@ -59,7 +59,7 @@ class KVManager:
         self._kept: OrderedDict[Slot, _Holding] = OrderedDict()  # least recently used first
         self._index: PrefixIndex[_Holding] = PrefixIndex()
         self._waiting_keys: dict[int, list[bytes]] = {}  # block keys of sequences that wait
-        self._ops: list[StorageOp] = []
+        self._ops: list[SlotOp] = []
 
     @property
     def num_tokens_used(self) -> int:
@@ -75,11 +75,19 @@ class KVManager:
         """Whether a sequence of `num_tokens` fits when it is alone."""
         return self.pool.can_ever_hold(num_tokens)
 
+    def can_ever_encode(self, source: Source | None) -> bool:
+        """Only nothing: these slots are the decoder's."""
+        return source is None
+
+    def num_to_encode(self, sequence: Sequence) -> int:
+        """None."""
+        return 0
+
     def slot_of(self, sequence: Sequence) -> Slot:
         """The slot a running sequence holds."""
         return self._held[sequence.sequence_id].slot
 
-    def take_ops(self) -> list[StorageOp]:
+    def take_ops(self) -> list[SlotOp]:
         """What storage must do, in this order, before the next forward; the list is handed over."""
         ops, self._ops = self._ops, []
         return ops
@@ -172,7 +180,7 @@ class KVManager:
             self._evict_one(sparing=None)
         self._trim(but=None)
 
-    def remake(self) -> list[StorageOp]:
+    def remake(self) -> list[SlotOp]:
         """Drop every kept slot and all pending operations; what storage must make again, empty, after it was lost."""
         self.give_back(0)
         self._ops.clear()

@@ -43,7 +43,17 @@ class CopySlot:
     num_tokens: int
 
 
-StorageOp = ResizeArena | CopySlot
+SlotOp = ResizeArena | CopySlot
+
+
+@dataclass(frozen=True, slots=True)
+class CrossOp:
+    """An operation on the storage of the encoder's K and V, which an encoder-decoder has beside its own."""
+
+    op: SlotOp
+
+
+StorageOp = SlotOp | CrossOp
 
 
 @dataclass(slots=True)
@@ -83,15 +93,15 @@ class SlotPool:
         self.num_tokens_allocated = 0
         self._arenas = {capacity: _Arena() for capacity in capacities}
 
-    def preallocate(self) -> list[StorageOp]:
+    def preallocate(self) -> list[SlotOp]:
         """Make every slot of every arena now."""
-        ops: list[StorageOp] = []
+        ops: list[SlotOp] = []
         for capacity, arena in self._arenas.items():
             while arena.num_slots < self.max_slots and self._grow(capacity, arena, ops):
                 pass
         return ops
 
-    def remake(self) -> list[StorageOp]:
+    def remake(self) -> list[SlotOp]:
         """What makes the arenas that exist again, empty, after storage was lost."""
         return [
             ResizeArena(capacity, (), arena.num_slots) for capacity, arena in self._arenas.items() if arena.num_slots
@@ -111,7 +121,7 @@ class SlotPool:
         arena = self._arenas[capacity]
         return len(arena.used) == self.max_slots
 
-    def allocate(self, num_tokens: int, ops: list[StorageOp]) -> Slot | None:
+    def allocate(self, num_tokens: int, ops: list[SlotOp]) -> Slot | None:
         """A slot for `num_tokens`, or None when the budget has no room; appends what storage must do to `ops`."""
         capacity = self.class_for(num_tokens)
         if capacity is None:
@@ -129,7 +139,7 @@ class SlotPool:
         arena.used.remove(slot.index)
         heapq.heappush(arena.free, slot.index)
 
-    def trim(self, ops: list[StorageOp], *, but: int | None = None) -> dict[Slot, Slot]:
+    def trim(self, ops: list[SlotOp], *, but: int | None = None) -> dict[Slot, Slot]:
         """Give the memory of free slots back, in every arena except that of capacity `but`.
 
         Slots in use are renumbered densely; returns old -> new for those that moved.
@@ -159,7 +169,7 @@ class SlotPool:
         assert total == self.num_tokens_allocated, f"{self.num_tokens_allocated} tokens counted, {total} allocated"
         assert self.budget_tokens is None or total <= self.budget_tokens, f"{total} tokens exceed {self.budget_tokens}"
 
-    def _grow(self, capacity: int, arena: _Arena, ops: list[StorageOp]) -> bool:
+    def _grow(self, capacity: int, arena: _Arena, ops: list[SlotOp]) -> bool:
         # Doubling keeps copies amortised; near the budget's edge one slot at a time still fits what can fit.
         for num_new in (self.max_slots if self.is_static else max(1, arena.num_slots), 1):
             wanted = min(num_new, self.max_slots - arena.num_slots)

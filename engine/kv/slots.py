@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from engine.kv.pool import CopySlot, ResizeArena, StorageOp
+from engine.kv.pool import CopySlot, ResizeArena, SlotOp
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class SlotStorage:
             for tensor in (*arena.keys, *arena.values)
         )
 
-    def apply(self, ops: Iterable[StorageOp]) -> None:
+    def apply(self, ops: Iterable[SlotOp]) -> None:
         """Carry out what the accounting decided, in its order."""
         for op in ops:
             if isinstance(op, CopySlot):

@@ -7,7 +7,7 @@ Called by the scheduler in the place of kv/manager.py.
 from __future__ import annotations
 
 from engine.kv.pool import StorageOp
-from engine.sequence import Sequence
+from engine.sequence import Sequence, Source
 
 
 class StateManager:
@@ -16,6 +16,7 @@ class StateManager:
     Args:
         bytes_fixed: bytes a sequence takes whatever its length (recurrent and convolution states).
         bytes_per_token: bytes that each token adds.
+        bytes_per_position: bytes that each position of an encoder's output adds.
         budget_bytes: most bytes of all sequences together; None for no bound.
         max_model_len: longest sequence in tokens.
     """
@@ -24,12 +25,22 @@ class StateManager:
     prefix_queries_total = 0
     prefix_hits_total = 0
 
-    def __init__(self, *, bytes_fixed: int, bytes_per_token: int, budget_bytes: int | None, max_model_len: int) -> None:
+    def __init__(
+        self,
+        *,
+        bytes_fixed: int,
+        bytes_per_token: int,
+        budget_bytes: int | None,
+        max_model_len: int,
+        bytes_per_position: int = 0,
+    ) -> None:
         self.bytes_fixed = bytes_fixed
         self.bytes_per_token = bytes_per_token
+        self.bytes_per_position = bytes_per_position
         self.budget_bytes = budget_bytes
         self.max_model_len = max_model_len
         self._tokens: dict[int, int] = {}
+        self._positions: dict[int, int] = {}  # of encoder outputs
 
     @property
     def num_tokens_used(self) -> int:
@@ -44,8 +55,17 @@ class StateManager:
     def can_ever_hold(self, num_tokens: int) -> bool:
         """Whether a sequence of `num_tokens` fits when it is alone."""
         return num_tokens <= self.max_model_len and (
-            self.budget_bytes is None or self._bytes(1, num_tokens) <= self.budget_bytes
+            self.budget_bytes is None or self._bytes(1, num_tokens, 0) <= self.budget_bytes
         )
+
+    def can_ever_encode(self, source: Source | None) -> bool:
+        """Whether a source fits when it is alone, with one token."""
+        num_positions = 0 if source is None else source.num_positions
+        return self.budget_bytes is None or self._bytes(1, 1, num_positions) <= self.budget_bytes
+
+    def num_to_encode(self, sequence: Sequence) -> int:
+        """All of the sequence's source: these outputs are never shared."""
+        return 0 if sequence.source is None else sequence.source.num_positions
 
     def is_being_computed(self, sequence: Sequence) -> bool:
         """Never: these caches are not shared."""
@@ -53,8 +73,10 @@ class StateManager:
 
     def admit(self, sequence: Sequence) -> bool:
         """Account for a sequence's prompt and its next token; False when there is no room."""
-        if not self._fits(1, sequence.num_tokens + 1):
+        num_positions = self.num_to_encode(sequence)
+        if not self._fits(1, sequence.num_tokens + 1, num_positions):
             return False
+        self._positions[sequence.sequence_id] = num_positions
         self._tokens[sequence.sequence_id] = sequence.num_tokens + 1
         sequence.num_computed_tokens = 0
         return True
@@ -63,7 +85,7 @@ class StateManager:
         """Account for growth to `num_tokens`; False when there is no room."""
         held = self._tokens[sequence.sequence_id]
         if num_tokens > held:
-            if not self._fits(0, num_tokens - held):
+            if not self._fits(0, num_tokens - held, 0):
                 return False
             self._tokens[sequence.sequence_id] = num_tokens
         return True
@@ -74,6 +96,7 @@ class StateManager:
     def free(self, sequence: Sequence, *, can_keep: bool) -> None:
         """Forget a sequence; its cache object is dropped by the runner."""
         self._tokens.pop(sequence.sequence_id, None)
+        self._positions.pop(sequence.sequence_id, None)
 
     def take_ops(self) -> list[StorageOp]:
         """No storage operations: the model makes its own cache."""
@@ -88,13 +111,17 @@ class StateManager:
 
     def check_integrity(self) -> None:
         """Raise AssertionError when the budget is exceeded."""
-        total = self._bytes(len(self._tokens), self.num_tokens_used)
+        total = self._bytes(len(self._tokens), self.num_tokens_used, sum(self._positions.values()))
         assert self.budget_bytes is None or total <= self.budget_bytes, f"{total} bytes exceed {self.budget_bytes}"
+        assert self._positions.keys() == self._tokens.keys(), "an encoder output belongs to no sequence"
 
-    def _bytes(self, num_sequences: int, num_tokens: int) -> int:
-        return num_sequences * self.bytes_fixed + num_tokens * self.bytes_per_token
+    def _bytes(self, num_sequences: int, num_tokens: int, num_positions: int) -> int:
+        sizes = (self.bytes_fixed, self.bytes_per_token, self.bytes_per_position)
+        return sum(size * count for size, count in zip(sizes, (num_sequences, num_tokens, num_positions), strict=True))
 
-    def _fits(self, more_sequences: int, more_tokens: int) -> bool:
+    def _fits(self, more_sequences: int, more_tokens: int, more_positions: int) -> bool:
         if self.budget_bytes is None:
             return True
-        return self._bytes(len(self._tokens) + more_sequences, self.num_tokens_used + more_tokens) <= self.budget_bytes
+        held = (len(self._tokens), self.num_tokens_used, sum(self._positions.values()))
+        more = (more_sequences, more_tokens, more_positions)
+        return self._bytes(*(have + add for have, add in zip(held, more, strict=True))) <= self.budget_bytes

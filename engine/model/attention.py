@@ -10,16 +10,17 @@ query rows (decode) or get the KV head with a stride of 0 (chunks): K and V are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from engine.kv.slots import Arena, LayerShape, SlotStorage
-from engine.model.inputs import Chunk, DecodeGroup, FlatInputs
+from engine.kv.slots import Arena, LayerShape
+from engine.model.cross_attention import attend_cross
+from engine.model.inputs import Chunk, DecodeGroup
+from engine.model.relative_bias import bias_table, is_relative
+from engine.model.step import FlatStep, Recording, current_step
 
 NAME = "flat_slots"  # what config._attn_implementation holds while the flat lane drives the model
 
@@ -46,37 +47,7 @@ class AttentionCall:
     window: int | None  # keys further back than this are not seen; the query itself counts
     softcap: float | None
     sinks: torch.Tensor | None  # [H]
-
-
-@dataclass(slots=True)
-class FlatStep:
-    """The step that is being computed; one layer after the other asks for attention."""
-
-    inputs: FlatInputs
-    storage: SlotStorage
-    num_calls: int = 0
-
-
-@dataclass(slots=True)
-class Recording:
-    """What a probing forward saw: one entry an attention call."""
-
-    shapes: list[LayerShape] = field(default_factory=list)
-    windows: list[int | None] = field(default_factory=list)
-
-
-_current: FlatStep | Recording | None = None
-
-
-@contextmanager
-def flat_step(step: FlatStep | Recording) -> Iterator[None]:
-    """Make `step` the one that attention calls refer to; some families drop keyword arguments on the way there."""
-    global _current  # noqa: PLW0603  the one module state of the engine, set and restored here alone
-    previous, _current = _current, step
-    try:
-        yield
-    finally:
-        _current = previous
+    bias: torch.Tensor | None = None  # [H, N] by distance, added to the scores
 
 
 def flat_attention(
@@ -90,6 +61,7 @@ def flat_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer over the step's tokens and everything their sequences computed before.
@@ -102,6 +74,7 @@ def flat_attention(
         sliding_window: keys seen, the query's own included; None for all.
         softcap: scores become softcap * tanh(scores / softcap).
         s_aux: [H] sink logits, a column of the softmax that has no value.
+        position_bias: T5's, made for a batch whose rows stand at one position; tells that there is one, no more.
 
     Returns:
         [1, T, H, Dv] and None (no weights). The storage of the step gains this layer's K and V.
@@ -109,15 +82,23 @@ def flat_attention(
     Raises:
         NotFlat: the model asks for what this lane cannot honour.
     """
-    step = _current
+    step = current_step()
     if step is None:
         raise NotFlat("attention was called outside a step")
-    _refuse_unknown(module, attention_mask, key, kwargs)
     call = AttentionCall(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
+    if isinstance(step, FlatStep) and step.cross is not None and key is step.cross.marker:
+        return attend_cross(step.cross, query, call.scaling, lambda q, k, v, mask: attend(q, k, v, mask, call)), None
+    _refuse_unknown(module, attention_mask, key, kwargs)
     if isinstance(step, Recording):
         step.shapes.append(LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype))
         step.windows.append(sliding_window)
         return _whole(query, key, value, call), None
+    if position_bias is not None:
+        call = replace(call, bias=_bias(step, module))
+        if call.window is not None or softcap is not None or s_aux is not None:
+            raise NotFlat("attention is given a position bias together with a window, a softcap or sinks")
+    if step.windows is not None:
+        step.windows.append(sliding_window)
     layer = step.num_calls
     step.num_calls += 1
     inputs = step.inputs
@@ -131,6 +112,17 @@ def flat_attention(
         part = slice(chunk.first, chunk.last)
         output[0, part] = _attend_chunk(chunk, layer, query[0, :, part], key[0, :, part], value[0, :, part], call)
     return output, None
+
+
+def _bias(step: FlatStep, module: torch.nn.Module) -> torch.Tensor:
+    """The table of this layer, or of the layer before it that has one: T5's layers share the first one's."""
+    if is_relative(module):
+        if id(module) not in step.biases:
+            step.biases[id(module)] = bias_table(module)
+        step.bias = step.biases[id(module)]
+    if step.bias is None:
+        raise NotFlat("attention is given a position bias that no layer learns")
+    return step.bias
 
 
 def attend(
@@ -229,7 +221,8 @@ def _attend_group(
             packed = whole
         seen_keys = cached_keys[: group.num_slots, :, :length]
         seen_values = cached_values[: group.num_slots, :, :length]
-        out = attend(packed, seen_keys, seen_values, group.mask(call.window), call)
+        mask = group.mask(call.window) if call.bias is None else group.bias_mask(call.bias, packed.shape[1])
+        out = attend(packed, seen_keys, seen_values, mask, call)
         if group.rows is not None:
             out = out[group.rows]
     else:
@@ -237,7 +230,8 @@ def _attend_group(
         for row, (slot, length) in enumerate(zip(group.slots, group.lengths, strict=True)):
             start = 0 if call.window is None else max(0, length - call.window)
             row_keys, row_values = cached_keys[slot, None, :, start:length], cached_values[slot, None, :, start:length]
-            parts.append(attend(packed[row : row + 1], row_keys, row_values, None, call))
+            bias = None if call.bias is None else group.bias_mask(call.bias, packed.shape[1])[slot, None, ..., :length]
+            parts.append(attend(packed[row : row + 1], row_keys, row_values, bias, call))
         out = torch.cat(parts)
     return out.reshape(1, num_rows, -1, values.shape[2])
 
@@ -273,8 +267,10 @@ def causal(
         out = torch.cat(parts, dim=2)
     else:
         # From position 0 on, and inside the window, the kernel's own causal form does and skips what it can.
-        is_causal = chunk.start == 0 and (call.window is None or num_queries <= call.window)
+        is_causal = chunk.start == 0 and call.bias is None and (call.window is None or num_queries <= call.window)
         mask = None if is_causal else chunk.mask(call.window, 0, num_queries)
+        if call.bias is not None:
+            mask = chunk.bias_mask(call.bias, num_kv_heads)
         first_key = chunk.first_key(call.window, 0)
         key = keys[:, None, first_key:].expand(-1, num_groups, -1, -1)
         value = values[:, None, first_key:].expand(-1, num_groups, -1, -1)
@@ -289,6 +285,8 @@ def _is_blockwise(query: torch.Tensor, call: AttentionCall) -> bool:
     a block stay in the cache, and what lies after it is not computed. 512 queries over 1,536 keys, bfloat16, one
     thread: 9 heads on 3 of 64: 10 ms instead of 28; 32 on 8 of 128: 53 instead of 196.
     """
+    if call.bias is not None:
+        return False
     if call.softcap is not None or call.sinks is not None:
         return True
     return query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16) and query.shape[1] >= MIN_BLOCK

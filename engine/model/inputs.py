@@ -13,6 +13,7 @@ import torch
 
 from engine.kv.pool import Slot
 from engine.kv.slots import Arena, SlotStorage
+from engine.model.relative_bias import chunk_bias, decode_bias
 from engine.scheduler import Batch, ScheduledSequence
 from engine.sequence import Sequence
 
@@ -41,6 +42,7 @@ class DecodeGroup:
     rows: torch.Tensor | None  # int64 [B]
     lengths_tensor: torch.Tensor  # int64 [num_slots], 1 where the row is not ours
     masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+    bias_masks: dict[int, torch.Tensor] = field(default_factory=dict)
     write_rows: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def rows_to_write(self, num_kv_heads: int) -> torch.Tensor:
@@ -51,6 +53,14 @@ class DecodeGroup:
             rows = (self.slots_tensor[:, None] * num_kv_heads + heads) * self.capacity + self.positions[:, None]
             rows = self.write_rows[num_kv_heads] = rows.flatten()
         return rows
+
+    def bias_mask(self, table: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+        """The relative bias of T5's kin, -inf where no key is: [S, Hkv, G, L] of the table's dtype."""
+        mask = self.bias_masks.get(id(table))
+        if mask is None:
+            mask = decode_bias(table, self.lengths_tensor, self.max_length, num_kv_heads)
+            self.bias_masks[id(table)] = mask
+        return mask
 
     def mask(self, window: int | None) -> torch.Tensor | None:
         """Bool [S, 1, 1, L], true where a key may be seen; None when every row sees every key."""
@@ -81,6 +91,7 @@ class Chunk:
     start: int
     device: torch.device
     masks: dict[tuple[int | None, int, int], torch.Tensor] = field(default_factory=dict)
+    bias_masks: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -105,6 +116,14 @@ class Chunk:
                 mask &= keys > queries - window
             self.masks[key] = mask
         return self.masks[key]
+
+    def bias_mask(self, table: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+        """The relative bias of all the chunk's tokens, causal: [Hkv, G, Tq, start + Tq] of the table's dtype."""
+        mask = self.bias_masks.get(id(table))
+        if mask is None:
+            mask = chunk_bias(table, self.start, self.last - self.first, num_kv_heads)
+            self.bias_masks[id(table)] = mask
+        return mask
 
     def within(self, num_tokens: int) -> torch.Tensor:
         """What that many tokens in a row see of each other: bool [num_tokens, num_tokens], lower triangle true."""

@@ -7,10 +7,10 @@ Called by model_manager on the engine thread, which reports progress and turns f
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -19,6 +19,7 @@ from engine.model.linear import prepack_linears
 
 logger = logging.getLogger(__name__)
 
+Family = Literal["decoder", "encoder-decoder", "speech"]
 Progress = Callable[[str, float | None], None]  # what is being done, and the share done (0 to 1) where it is known
 
 # Packing a head that is tied to the embedding keeps both forms: worth it up to a third of the model.
@@ -53,7 +54,14 @@ class LoadRequest:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model on its device, in eval mode, and what it says of itself."""
+    """A model on its device, in eval mode, and what it says of itself.
+
+    Args:
+        max_positions: of the decoder; None where the architecture has no bound.
+        max_source_positions: of the encoder's output; None where there is no encoder, or no bound.
+        family: a causal LM, or an encoder-decoder that reads text or speech.
+        alignment_heads: of a speech model, by decoder layer, the heads that show where in the audio a token is.
+    """
 
     model: Any
     device: torch.device
@@ -63,6 +71,9 @@ class LoadedModel:
     max_positions: int | None
     vocab_size: int
     eos_token_ids: frozenset[int]
+    family: Family = "decoder"
+    max_source_positions: int | None = None
+    alignment_heads: Mapping[int, list[int]] = field(default_factory=dict)
 
     @property
     def architecture(self) -> str:
@@ -107,16 +118,27 @@ def describe(model: Any) -> LoadedModel:
     embeddings = model.get_output_embeddings() or model.get_input_embeddings()
     vocab_size = embeddings.weight.shape[0] if hasattr(embeddings, "weight") else text.vocab_size
     parameter = next(model.parameters())
+    family = family_of(model.config)
     return LoadedModel(
         model=model,
         device=parameter.device,
         dtype=model.dtype,
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
-        max_positions=_max_positions(text),
+        max_positions=_max_positions(text) if family == "decoder" else _max_target_positions(text),
         vocab_size=int(vocab_size),
         eos_token_ids=_eos_token_ids(model),
+        family=family,
+        max_source_positions=None if family == "decoder" else _max_source_positions(model.config),
+        alignment_heads=_alignment_heads(model) if family == "speech" else {},
     )
+
+
+def family_of(config: Any) -> Family:
+    """What kind of model a config describes."""
+    if not getattr(config, "is_encoder_decoder", False):
+        return "decoder"
+    return "speech" if getattr(config, "num_mel_bins", None) else "encoder-decoder"
 
 
 def _resolve(name: str) -> Any:
@@ -144,6 +166,34 @@ def _max_positions(text_config: Any) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def _max_target_positions(config: Any) -> int | None:
+    """Of an encoder-decoder's decoder; T5's positions are relative, and its config's n_positions bounds nothing."""
+    if hasattr(config, "relative_attention_num_buckets"):
+        return None
+    return getattr(config, "max_target_positions", None) or _max_positions(config)
+
+
+def _max_source_positions(config: Any) -> int | None:
+    """Of an encoder's output."""
+    if hasattr(config, "relative_attention_num_buckets"):
+        return None
+    encoder = getattr(config, "encoder", None)
+    source = encoder if hasattr(encoder, "max_position_embeddings") else config
+    return getattr(config, "max_source_positions", None) or _max_positions(source)
+
+
+def _alignment_heads(model: Any) -> dict[int, list[int]]:
+    """By decoder layer; where the generation config names none, all heads of the upper half of the layers."""
+    named = getattr(model.generation_config, "alignment_heads", None)
+    if not named:
+        num_layers, num_heads = model.config.decoder_layers, model.config.decoder_attention_heads
+        named = [(layer, head) for layer in range(num_layers // 2, num_layers) for head in range(num_heads)]
+    heads: dict[int, list[int]] = {}
+    for layer, head in named:
+        heads.setdefault(int(layer), []).append(int(head))
+    return heads
 
 
 def _eos_token_ids(model: Any) -> frozenset[int]:

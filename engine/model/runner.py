@@ -10,19 +10,19 @@ Called by engine.py once a step; which runner a model gets is decided by model/s
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
-from engine.kv.pool import Slot, StorageOp
+from engine.kv.pool import CrossOp, Slot, StorageOp
 from engine.kv.slots import SlotStorage
-from engine.model.attention import FlatStep, flat_step
 from engine.model.inputs import FlatInputs, build_inputs
 from engine.model.module_state import ModuleState
+from engine.model.step import FlatStep, flat_step
 from engine.scheduler import Batch, ScheduledSequence
-from engine.sequence import Sequence
+from engine.sequence import Sequence, Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Runner(Protocol):
 
     name: str
 
-    def apply(self, ops: list[StorageOp]) -> None:
+    def apply(self, ops: Iterable[StorageOp]) -> None:
         """Bring storage in line with the accounting."""
 
     def forward(self, batch: Batch) -> StepLogits:
@@ -77,9 +77,9 @@ class FlatRunner:
         self.device = device
         self._keeps_rows = accepts(model, "logits_to_keep")
 
-    def apply(self, ops: list[StorageOp]) -> None:
+    def apply(self, ops: Iterable[StorageOp]) -> None:
         """Resize and copy storage as the accounting decided."""
-        self.storage.apply(ops)
+        self.storage.apply(op for op in ops if not isinstance(op, CrossOp))
 
     def forward(self, batch: Batch) -> StepLogits:
         """Compute a batch; the slots of its sequences gain its tokens' K and V.
@@ -131,9 +131,10 @@ class SoloRunner:
         self.device = device
         self._states: dict[int, _SoloState] = {}
         self._keeps_rows = accepts(model, "logits_to_keep")
+        self._has_encoder = bool(getattr(model.config, "is_encoder_decoder", False))
         self._module_state = ModuleState(model, self._trial)
 
-    def apply(self, ops: list[StorageOp]) -> None:
+    def apply(self, ops: Iterable[StorageOp]) -> None:
         """Nothing: the model's cache grows by itself."""
 
     def forward(self, batch: Batch) -> StepLogits:
@@ -160,7 +161,7 @@ class SoloRunner:
     def _trial(self) -> None:
         """A few tokens, alone, to see what the model leaves in its modules."""
         token_ids = torch.tensor([[3, 1, 2, 3]], device=self.device)
-        state = self._begin(token_ids)
+        state = self._begin(token_ids, None if not self._has_encoder else Source(b"", 4, (3, 1, 2, 3)))
         self._step(state, token_ids, num_logits=1, is_first=True)
         self._step(state, token_ids[:, :1], num_logits=1, is_first=False)
 
@@ -172,7 +173,7 @@ class SoloRunner:
         )
         is_first = item.start == 0
         if is_first:
-            state = self._begin(new_ids)
+            state = self._begin(new_ids, sequence.source)
             state.module_values = self._module_state.pristine
             self._states[sequence.sequence_id] = state
         else:
@@ -198,12 +199,12 @@ class SoloRunner:
             )
         output = self.model(**inputs, return_dict=True)
         state.model_kwargs = self.model._update_model_kwargs_for_generation(
-            output, state.model_kwargs, is_encoder_decoder=False
+            output, state.model_kwargs, is_encoder_decoder=self._has_encoder
         )
         logits: torch.Tensor = output.logits[0]
         return logits[logits.shape[0] - num_logits :]
 
-    def _begin(self, token_ids: torch.Tensor) -> _SoloState:
+    def _begin(self, token_ids: torch.Tensor, source: Source | None) -> _SoloState:
         """Let generate() prepare a sequence as it would (cache, masks, positions), and take over before its loop."""
         prepared = _SoloState(token_ids)
 
@@ -213,7 +214,10 @@ class SoloRunner:
             prepared.model_kwargs = kwargs
             return _input_ids
 
-        self.model.generate(token_ids, custom_generate=take_over, do_sample=False, num_beams=1, max_new_tokens=1)
+        # The encoder runs here, where there is one, as generate() runs it.
+        inputs = [token_ids] if source is None else [torch.tensor([source.token_ids], device=self.device)]
+        more = {} if source is None else {"decoder_input_ids": token_ids}
+        self.model.generate(*inputs, custom_generate=take_over, do_sample=False, num_beams=1, max_new_tokens=1, **more)
         return prepared
 
 

@@ -19,10 +19,11 @@ from transformers import AttentionInterface
 
 from engine.kv.pool import ResizeArena, Slot
 from engine.kv.slots import LayerShape, SlotStorage
-from engine.model.attention import NAME, NotFlat, Recording, flat_attention, flat_step
+from engine.model.attention import NAME, NotFlat, flat_attention
 from engine.model.runner import FlatRunner, SoloRunner, accepts
+from engine.model.step import Recording, flat_step
 from engine.scheduler import Batch, ScheduledSequence
-from engine.sequence import SamplingParams, Sequence
+from engine.sequence import SamplingParams, Sequence, Source
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,10 @@ logger = logging.getLogger(__name__)
 # moves random prompts' logits by 0.3 and more; rounding in another order stays far below these.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 TOLERANCE_HALF = 0.08
+# Whatever a model does when driven in a way it was not written for, the answer is the same: not this lane.
+TRIAL_FAILURES = (
+    RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError, NotImplementedError, AssertionError,
+)  # fmt: skip
 _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})  # frequencies depend on the longest position in the batch
 _KNOWN_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
@@ -62,7 +67,7 @@ def choose_lane(model: Any, device: torch.device) -> LaneChoice:
     if reason is not None:
         return LaneChoice("solo", reason)
     original = _implementations(model)
-    prompts = _prompts(model)
+    prompts = trial_prompts(model)
     try:
         expected = [_plain_logits(model, prompt, device) for prompt in prompts]
         _set_implementation(model, NAME)
@@ -70,8 +75,7 @@ def choose_lane(model: Any, device: torch.device) -> LaneChoice:
         error = _compare(model, prompts, expected, shapes, device)
     except NotFlat as refusal:
         reason = str(refusal)
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError, NotImplementedError) as failure:
-        # Whatever a model does when driven in a way it was not written for, the answer is the same: not this lane.
+    except TRIAL_FAILURES as failure:
         reason = f"the flat trial raised {type(failure).__name__}: {str(failure).split(chr(10))[0][:200]}"
     else:
         return LaneChoice("flat", f"agrees with the plain forward within {error:.1e}", shapes, error)
@@ -96,18 +100,39 @@ def why_not_flat(config: Any) -> str | None:
     return None
 
 
-def measure_solo(runner: SoloRunner, vocab_size: int) -> tuple[int, int]:
-    """Bytes a sequence's own cache takes: (fixed, per token), from two prompt lengths."""
-    sizes = []
-    lengths = (8, 40)
-    for number, length in enumerate(lengths):
-        token_ids = [(7 * position + 3) % vocab_size for position in range(length)]
-        sequence = Sequence(-1 - number, token_ids, SamplingParams(max_tokens=1), arrival_time_s=0.0)
-        runner.forward(Batch((ScheduledSequence(sequence, 0, length, 1),)))
-        sizes.append(runner.state_bytes(sequence.sequence_id))
+@dataclass(frozen=True, slots=True)
+class SoloSizes:
+    """Bytes a sequence's own cache takes: whatever its length, for each token, for each position of an encoder."""
+
+    fixed: int
+    per_token: int
+    per_position: int
+
+
+def measure_solo(runner: SoloRunner, vocab_size: int, *, has_encoder: bool = False) -> SoloSizes:
+    """What a sequence's own cache takes, from short and long prompts and sources."""
+
+    def measure(num_tokens: int, num_positions: int) -> int:
+        source = None
+        if has_encoder:
+            source = Source(b"", num_positions, tuple(_any_ids(num_positions, vocab_size)))
+        sequence = Sequence(
+            -1, _any_ids(num_tokens, vocab_size), SamplingParams(max_tokens=1), arrival_time_s=0.0, source=source
+        )
+        runner.forward(Batch((ScheduledSequence(sequence, 0, num_tokens, 1),)))
+        size = runner.state_bytes(sequence.sequence_id)
         runner.forget(sequence)
-    per_token = max(0, -(-(sizes[1] - sizes[0]) // (lengths[1] - lengths[0])))
-    return max(0, sizes[0] - per_token * lengths[0]), per_token
+        return size
+
+    short, long = 8, 40
+    base = measure(short, short)
+    per_token = max(0, -(-(measure(long, short) - base) // (long - short)))
+    per_position = max(0, -(-(measure(short, long) - base) // (long - short))) if has_encoder else 0
+    return SoloSizes(max(0, base - (per_token + per_position) * short), per_token, per_position)
+
+
+def _any_ids(count: int, vocab_size: int) -> list[int]:
+    return [(7 * position + 3) % vocab_size for position in range(count)]
 
 
 def _rope_parameters(text_config: Any) -> list[dict[str, Any]]:
@@ -121,7 +146,8 @@ def _rope_parameters(text_config: Any) -> list[dict[str, Any]]:
     return found
 
 
-def _prompts(model: Any) -> list[list[int]]:
+def trial_prompts(model: Any) -> list[list[int]]:
+    """Two random prompts, of 17 and 11 tokens."""
     vocab_size = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     low = min(4, vocab_size - 1)
@@ -152,18 +178,19 @@ def _record(model: Any, token_ids: list[int], device: torch.device) -> tuple[Lay
         raise NotFlat("its attention does not go through transformers' attention interface")
     if num_layers is not None and len(recording.shapes) != num_layers:
         raise NotFlat(f"{len(recording.shapes)} attention calls for {num_layers} layers")
-    _check_windows(text, recording)
+    check_windows(text, recording.windows)
     return tuple(recording.shapes)
 
 
-def _check_windows(text_config: Any, recording: Recording) -> None:
+def check_windows(text_config: Any, windows: list[int | None]) -> None:
+    """Raise NotFlat when the config knows of sliding windows that attention, called with `windows`, is not told of."""
     # A window that the model applies through its mask alone would go unseen until a prompt outgrows it.
     layer_types = getattr(text_config, "layer_types", None)
-    if layer_types and len(layer_types) == len(recording.windows):
-        for layer, (kind, window) in enumerate(zip(layer_types, recording.windows, strict=True)):
+    if layer_types and len(layer_types) == len(windows):
+        for layer, (kind, window) in enumerate(zip(layer_types, windows, strict=True)):
             if (kind == "sliding_attention") != (window is not None):
                 raise NotFlat(f"layer {layer} is {kind} and its attention is called with a window of {window}")
-    elif getattr(text_config, "sliding_window", None) and not any(recording.windows):
+    elif getattr(text_config, "sliding_window", None) and not any(windows):
         raise NotFlat("its config has a sliding window that its attention is not told of")
 
 
@@ -186,9 +213,19 @@ def _compare(
     slots = {0: Slot(capacity, 2), 1: Slot(capacity, 0)}
     slot_of: Callable[[Sequence], Slot] = lambda sequence: slots[sequence.sequence_id]  # noqa: E731
     runner = FlatRunner(model, storage, slot_of, device)
-    long, short = len(prompts[0]), len(prompts[1])
-    # (sequence, start, tokens) a step: a chunk, a chunk beside a prompt, a single beside a chunk, singles together
-    schedule = [
+    errors: list[float] = []
+    for step in trial_steps(len(prompts[0]), len(prompts[1])):
+        items = tuple(ScheduledSequence(sequences[n], start, count, count) for n, start, count in step)
+        result = runner.forward(Batch(items))
+        wanted = torch.cat([expected[i.sequence.sequence_id][i.start : i.start + i.num_tokens] for i in result.items])
+        errors.extend(row_errors(result.logits, wanted))
+    return judge(errors, shapes[0].dtype)
+
+
+def trial_steps(long: int, short: int) -> list[list[tuple[int, int, int]]]:
+    """Steps of (sequence, start, tokens) for two prompts: a chunk, a chunk beside a prompt, a single token beside a
+    chunk, single tokens together."""
+    return [
         [(0, 0, 6)],
         [(0, 6, 7), (1, 0, short - 4)],
         [(0, 13, 1), (1, short - 4, 2)],
@@ -196,15 +233,18 @@ def _compare(
         [(1, short - 1, 1), (0, 15, 1)],
         [(0, 16, long - 16)],
     ]
-    errors: list[float] = []
-    for step in schedule:
-        items = tuple(ScheduledSequence(sequences[n], start, count, count) for n, start, count in step)
-        result = runner.forward(Batch(items))
-        wanted = torch.cat([expected[i.sequence.sequence_id][i.start : i.start + i.num_tokens] for i in result.items])
-        difference = (result.logits.float() - wanted.float()).norm(dim=-1)
-        errors.extend((difference / wanted.float().norm(dim=-1).clamp_min(1e-6)).tolist())
+
+
+def row_errors(logits: torch.Tensor, wanted: torch.Tensor) -> list[float]:
+    """Relative error of each row of [R, V]: norm of the difference over norm of the wanted."""
+    difference = (logits.float() - wanted.float()).norm(dim=-1)
+    errors: list[float] = (difference / wanted.float().norm(dim=-1).clamp_min(1e-6)).tolist()
+    return errors
+
+
+def judge(errors: list[float], dtype: torch.dtype) -> float:
+    """The largest error, if it is no more than rounding; raises NotFlat otherwise."""
     worst, median = max(errors), sorted(errors)[len(errors) // 2]
-    dtype = shapes[0].dtype
     if dtype in TOLERANCE:
         is_good = worst <= TOLERANCE[dtype]
     else:

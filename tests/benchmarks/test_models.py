@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.models import SPECIAL_TOKENS, Shape, write_checkpoint
 from benchmarks.offline import run
 from benchmarks.prompts import PromptSource
+from engine.build import build_engine
 from engine.config import EngineConfig
-from engine.engine import build_engine
 from engine.model.loader import LoadRequest, load_model
 
 SIZES = {

@@ -11,8 +11,9 @@ import time
 from collections.abc import Sequence as Ids
 from typing import Any
 
+from engine.build import build_engine
 from engine.config import EngineConfig
-from engine.engine import Engine, build_engine
+from engine.engine import Engine
 from engine.model.loader import describe
 from engine.sequence import SamplingParams, Sequence, SequenceOutput
 from tests import zoo
@@ -40,7 +41,7 @@ def engine_for(name: str, **limits: Any) -> Engine:
 
 def greedy(number: int, prompt: list[int], num_tokens: int, **fields: Any) -> Sequence:
     """A greedy sequence; keyword arguments are the Sequence's."""
-    params = SamplingParams(max_tokens=num_tokens, temperature=0.0)
+    params = fields.pop("params", SamplingParams(max_tokens=num_tokens, temperature=0.0))
     return Sequence(number, prompt, params, **{"arrival_time_s": time.monotonic(), **fields})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ class _Faulty:
         self.raise_once = False
         self.lose_storage_once = False
 
-    def apply(self, ops: list[StorageOp]) -> None:
+    def apply(self, ops: Iterable[StorageOp]) -> None:
         if self.lose_storage_once:
             self.lose_storage_once = False
             raise RuntimeError("no memory")

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from engine.build import build_engine
 from engine.config import EngineConfig
-from engine.engine import Engine, build_engine
+from engine.engine import Engine
 from engine.model.loader import describe
 from tests import zoo
 from tests.engine.harness import drive, greedy, tiny_model, tokens

@@ -11,15 +11,14 @@ from engine.kv.pool import ResizeArena, Slot
 from engine.kv.slots import Arena, LayerShape, SlotStorage
 from engine.model.attention import (
     AttentionCall,
-    FlatStep,
     NotFlat,
     attend,
     attend_plain,
     causal,
     flat_attention,
-    flat_step,
 )
 from engine.model.inputs import Chunk, build_inputs
+from engine.model.step import FlatStep, flat_step
 from engine.scheduler import Batch, ScheduledSequence
 from engine.sequence import SamplingParams, Sequence
 
@@ -145,7 +144,7 @@ def test_what_the_lane_cannot_honour_is_refused() -> None:
     with flat_step(FlatStep(inputs, storage)):
         with pytest.raises(NotFlat, match="mask of its own"):
             flat_attention(torch.nn.Module(), tensor, tensor, tensor, torch.zeros(1))
-        with pytest.raises(NotFlat, match="'position_bias'"):
+        with pytest.raises(NotFlat, match="a position bias that no layer"):
             flat_attention(torch.nn.Module(), tensor, tensor, tensor, None, position_bias=tensor)
         with pytest.raises(NotFlat, match="not causal"):
             flat_attention(torch.nn.Module(), tensor, tensor, tensor, None, is_causal=False)

@@ -83,7 +83,7 @@ def test_a_solo_model_keeps_its_own_attention() -> None:
 
 @torch.inference_mode()
 def test_the_cost_of_a_models_own_cache_is_measured() -> None:
-    fixed, per_token = measure_solo(SoloRunner(tiny_model("bloom"), DEVICE), 256)
-    assert per_token == 2 * 2 * 4 * 16 * 4  # layers, K and V, heads, head size, float32
-    fixed, per_token = measure_solo(SoloRunner(tiny_model("mamba"), DEVICE), 256)
-    assert per_token == 0 and fixed > 0
+    sizes = measure_solo(SoloRunner(tiny_model("bloom"), DEVICE), 256)
+    assert sizes.per_token == 2 * 2 * 4 * 16 * 4  # layers, K and V, heads, head size, float32
+    sizes = measure_solo(SoloRunner(tiny_model("mamba"), DEVICE), 256)
+    assert sizes.per_token == 0 and sizes.fixed > 0

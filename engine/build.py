@@ -1,0 +1,163 @@
+"""From a loaded model to an engine around it: the lane it takes, and the memory its sequences will live in.
+
+Knows nothing of steps or requests.
+Called by runtime/model_loading.py on the engine thread.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from engine.config import EngineConfig
+from engine.engine import Engine, Lane
+from engine.kv.cross import CrossManager
+from engine.kv.encoder_decoder import EncoderDecoderKV
+from engine.kv.manager import KVManager
+from engine.kv.pool import CrossOp, SlotPool, size_classes
+from engine.kv.slots import SlotStorage
+from engine.kv.states import StateManager
+from engine.model.loader import LoadedModel, Progress
+from engine.model.runner import FlatRunner, SoloRunner
+from engine.model.selfcheck import LaneChoice, choose_lane, measure_solo
+from engine.model.seq2seq import Seq2SeqRunner
+from engine.model.seq2seq_check import Seq2SeqParts, try_flat
+from engine.sampling.sampler import Sampler
+
+logger = logging.getLogger(__name__)
+
+SMALLEST_SLOT = 128  # tokens; sequences below this length share one arena
+
+
+@torch.inference_mode()
+def build_engine(loaded: LoadedModel, config: EngineConfig, progress: Progress) -> Engine:
+    """Choose the model's lane by trying and build the engine around it.
+
+    Raises:
+        ValueError: the KV budget holds not even one token, or not the static cache that was asked for.
+    """
+    progress("checking how this model can be batched", None)
+    sampler = Sampler(loaded.vocab_size, loaded.eos_token_ids, loaded.device)
+    if loaded.family == "decoder":
+        choice = choose_lane(loaded.model, loaded.device)
+        logger.info("lane %s: %s", choice.lane, choice.reason)
+        return (
+            _build_flat(loaded, config, choice, sampler)
+            if choice.lane == "flat"
+            else _build_solo(loaded, config, choice.reason, sampler)
+        )
+    parts = try_flat(
+        loaded.model, loaded.device, num_positions=config.max_model_len, is_speech=loaded.family == "speech"
+    )
+    if isinstance(parts, str):
+        logger.info("lane solo: %s", parts)
+        return _build_solo(loaded, config, parts, sampler)
+    logger.info("lane seq2seq: %s", parts.reason)
+    return _build_seq2seq(loaded, config, parts, sampler)
+
+
+def _build_solo(loaded: LoadedModel, config: EngineConfig, reason: str, sampler: Sampler) -> Engine:
+    if config.is_static_cache:
+        raise ValueError(f"--static-cache True: this model keeps a cache of its own for each sequence: {reason}")
+    runner = SoloRunner(loaded.model, loaded.device)
+    sizes = measure_solo(runner, loaded.vocab_size, has_encoder=config.max_source_len is not None)
+    states = StateManager(
+        bytes_fixed=sizes.fixed,
+        bytes_per_token=sizes.per_token,
+        bytes_per_position=sizes.per_position,
+        budget_bytes=config.kv_budget_bytes,
+        max_model_len=config.max_model_len,
+    )
+    return Engine(config, Lane("solo", reason, sizes.per_token, sizes.fixed), runner, states, sampler)
+
+
+def _build_flat(loaded: LoadedModel, config: EngineConfig, choice: LaneChoice, sampler: Sampler) -> Engine:
+    storage = SlotStorage(choice.shapes, loaded.device)
+    pool = _pools(config, [_Store("decoder", storage.bytes_per_token, config.max_model_len)])[0]
+    kv = KVManager(pool, is_prefix_caching=config.is_prefix_caching)
+    runner = FlatRunner(loaded.model, storage, kv.slot_of, loaded.device)
+    runner.apply(pool.preallocate() if config.is_static_cache else ())
+    return Engine(config, Lane("flat", choice.reason, storage.bytes_per_token), runner, kv, sampler)
+
+
+def _build_seq2seq(loaded: LoadedModel, config: EngineConfig, parts: Seq2SeqParts, sampler: Sampler) -> Engine:
+    assert config.max_source_len is not None  # every encoder-decoder has one
+    storage, cross_storage = (SlotStorage(shapes, loaded.device) for shapes in (parts.shapes, parts.cross_shapes))
+    per_token, per_position = storage.bytes_per_token, cross_storage.bytes_per_token
+    stores = [
+        _Store("decoder", per_token, config.max_model_len),
+        _Store("encoder", per_position, config.max_source_len),
+    ]
+    pool, cross_pool = _pools(config, stores)
+    cross = CrossManager(cross_pool, is_caching=config.is_prefix_caching)
+    own = KVManager(pool, is_prefix_caching=config.is_prefix_caching)
+    kv = EncoderDecoderKV(own, cross, positions_per_token=per_position / per_token)
+    runner = Seq2SeqRunner(
+        parts.decoder,
+        parts.encoder,
+        storage=storage,
+        cross_storage=cross_storage,
+        slot_of=own.slot_of,
+        cross=cross,
+        alignment_heads=loaded.alignment_heads,
+        device=loaded.device,
+    )
+    if config.is_static_cache:
+        runner.apply([*pool.preallocate(), *map(CrossOp, cross_pool.preallocate())])
+    return Engine(config, Lane("seq2seq", parts.reason, per_token), runner, kv, sampler)
+
+
+@dataclass(frozen=True, slots=True)
+class _Store:
+    """One kind of KV memory: bytes a position, and the most positions of a sequence."""
+
+    name: str
+    bytes_per_position: int
+    longest: int
+
+    @property
+    def bytes_per_sequence(self) -> int:
+        return self.bytes_per_position * self.longest
+
+
+def _pools(config: EngineConfig, stores: list[_Store]) -> list[SlotPool]:
+    """A pool for each store, within one budget: each gets the share that its longest sequences would take."""
+    if config.is_static_cache:
+        return _static_pools(config, stores)
+    total = sum(store.bytes_per_sequence for store in stores)
+    pools = []
+    for store in stores:
+        budget = None
+        if config.kv_budget_bytes is not None:
+            budget = config.kv_budget_bytes * store.bytes_per_sequence // total // store.bytes_per_position
+            if budget < 1:
+                raise ValueError(
+                    f"--kv-cache-memory {config.kv_budget_bytes}: one {store.name} position of this model takes "
+                    f"{store.bytes_per_position} bytes"
+                )
+        longest = store.longest if budget is None else min(store.longest, budget)
+        # Twice the running ones: as many ended sequences may be kept for their prefixes.
+        capacities = size_classes(min(SMALLEST_SLOT, longest), longest)
+        pools.append(SlotPool(capacities, max_slots=2 * config.max_num_seqs, budget_tokens=budget))
+    return pools
+
+
+def _static_pools(config: EngineConfig, stores: list[_Store]) -> list[SlotPool]:
+    """One slot of the full length for each sequence of a step, to be allocated now."""
+    num_slots = config.max_num_seqs
+    rows = [
+        f"{store.name}: {store.bytes_per_position} bytes a token x {store.longest} positions = "
+        f"{store.bytes_per_sequence} bytes a slot x {num_slots} slots = {store.bytes_per_sequence * num_slots} bytes"
+        for store in stores
+    ]
+    total = sum(store.bytes_per_sequence for store in stores) * num_slots
+    if config.kv_budget_bytes is not None and total > config.kv_budget_bytes:
+        raise ValueError(f"--static-cache True: {'; '.join(rows)}; {config.kv_budget_bytes} bytes are free for it")
+    for row in rows:
+        logger.info("static KV cache, %s", row)
+    return [
+        SlotPool((store.longest,), max_slots=num_slots, budget_tokens=store.longest * num_slots, is_static=True)
+        for store in stores
+    ]
