@@ -99,27 +99,31 @@ class Settings(BaseModel):
     tokenizer_type: ClassPath = _option("AutoTokenizer", "class of transformers, or a dotted path to one's own")
     tokenizer_use_fast: bool = _option(True, "use the Rust implementation of the tokenizer where there is one")
     processor_type: ClassPath = _option(
-        "AutoTokenizer", "processor or feature extractor of a speech model (not available yet)"
+        "AutoTokenizer",
+        "class of transformers, or a dotted path, for a speech model's features; not given, AutoFeatureExtractor",
     )
     hf_model: str = _option(
         "mesolitica/malaysian-llama2-7b-32k-instructions",
-        "model to serve: hub id, local directory, or `demo`, which ships with the project and needs no network",
+        "model to serve: hub id, local directory, or `demo`, `demo-t5` or `demo-whisper`, which ship with the project "
+        "and need no network",
         min_length=1,
     )
     torch_dtype: Literal["bfloat16", "float16", "float32", "auto"] = _option(
         "bfloat16", "number format of weights and KV; auto follows the checkpoint"
     )
     architecture_type: Literal["decoder", "encoder-decoder"] = _option(
-        "decoder", "decoder (encoder-decoder is not available yet)"
+        "decoder", "decoder or encoder-decoder; not given, as the checkpoint says"
     )
-    serving_type: Literal["chat", "whisper"] = _option("chat", "chat (whisper is not available yet)")
+    serving_type: Literal["chat", "whisper"] = _option(
+        "chat", "chat or whisper (speech to text); not given, as the checkpoint says"
+    )
     continuous_batching_microsleep: Seconds = _option(
         0.001, "seconds that an idle engine waits for company after the first arrival", ge=0, le=10
     )
     continuous_batching_batch_size: int = _option(20, "most sequences in one step", ge=1, le=4096)
     static_cache: bool = _option(False, "allocate the KV cache once, a slot for each sequence of a step")
     static_cache_encoder_max_length: int = _option(
-        256, "encoder positions of each static slot (not available yet)", ge=1
+        256, "encoder positions of each static slot; of a speech model, always all it has", ge=1
     )
     static_cache_decoder_max_length: int = _option(
         256, "positions of each static slot, prompt and output together", ge=1
@@ -194,19 +198,19 @@ class Settings(BaseModel):
         for name, value, feature in (
             ("hqq", True, "quantisation"),
             ("torch_compile", True, "compilation"),
-            ("architecture_type", "encoder-decoder", "serving encoder-decoder models"),
-            ("serving_type", "whisper", "serving speech models"),
         ):
             if getattr(self, name) == value:
                 raise _refusal(name, f"{feature} is not available in this version")
-        for name, owner in (
-            ("static_cache_encoder_max_length", "--architecture-type encoder-decoder"),
-            ("torch_compile_mode", "--torch-compile True"),
-            ("processor_type", "--serving-type whisper"),
-        ):
+        for name, owner in (("torch_compile_mode", "--torch-compile True"),):
             if self.is_given(name):
                 raise _refusal(name, f"has no effect without {owner}, which is not available in this version")
         self._check_static_cache()
+        if (
+            self.serving_type == "whisper"
+            and self.is_given("architecture_type")
+            and self.architecture_type == "decoder"
+        ):
+            raise _refusal("architecture_type", "should be encoder-decoder with --serving-type whisper")
         if self.max_batch_tokens is not None and self.max_batch_tokens < self.continuous_batching_batch_size:
             raise _refusal(
                 "max_batch_tokens",
@@ -216,10 +220,10 @@ class Settings(BaseModel):
         return self
 
     def _check_static_cache(self) -> None:
-        name = "static_cache_decoder_max_length"
         if not self.static_cache:
-            if self.is_given(name):
-                raise _refusal(name, "has no effect without --static-cache True")
+            for name in ("static_cache_encoder_max_length", "static_cache_decoder_max_length"):
+                if self.is_given(name):
+                    raise _refusal(name, "has no effect without --static-cache True")
             return
         for other in ("max_model_len", "kv_cache_memory"):
             if getattr(self, other) is not None:

@@ -219,6 +219,11 @@ class Sequence:
     alignment: list[npt.NDArray[np.float32]] = field(default_factory=list)
 
     @property
+    def kv_salt(self) -> bytes:
+        """What its K and V depend on beside its tokens: who asks, and for an encoder-decoder what the encoder read."""
+        return self.cache_salt if self.source is None else self.cache_salt + self.source.key
+
+    @property
     def num_tokens(self) -> int:
         """Prompt plus generated tokens so far."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)

@@ -20,7 +20,7 @@ from engine.config import EngineConfig
 
 if TYPE_CHECKING:
     from engine.engine import Engine
-    from engine.model.loader import LoadedModel
+    from engine.model.loader import Family, LoadedModel
     from runtime.engine_thread import StepEngine
     from text.prompt import PromptEncoder
 
@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, float | None], None]  # what is being done, and the share done (0 to 1) where it is known
 
-DEMO_MODELS = {"demo": Path(__file__).parent.parent / "demo" / "chat"}
+_DEMO = Path(__file__).parent.parent / "demo"
+DEMO_MODELS = {"demo": _DEMO / "chat", "demo-t5": _DEMO / "t5", "demo-whisper": _DEMO / "whisper"}
 # Running streams are protected by the engine's pacing; these bound how long a step takes when nobody streams yet.
 MAX_BATCH_TOKENS_CPU = 512
 MAX_BATCH_TOKENS_ACCELERATOR = 2048
@@ -36,6 +37,11 @@ MAX_BATCH_TOKENS_ACCELERATOR = 2048
 KV_SHARE_OF_FREE_MEMORY = 0.8
 # Recurrent models and ALiBi have no bound of their own, but an engine needs one to plan by.
 MAX_MODEL_LEN_OF_UNBOUNDED = 32_768
+_MODEL_TYPES: dict[Family, str] = {
+    "decoder": "AutoModelForCausalLM",
+    "encoder-decoder": "AutoModelForSeq2SeqLM",
+    "speech": "AutoModelForSpeechSeq2Seq",
+}
 _GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -54,6 +60,10 @@ class ModelInfo:
         kv_budget_bytes, kv_bytes_per_token: most memory for KV, and what a token takes.
         num_parameters: of the model.
         generation_defaults: sampling parameters that the checkpoint recommends, by their wire names.
+        family: what kind of model it is: a decoder, an encoder-decoder of text, or one that transcribes speech.
+        languages: codes of the languages a speech model can be told; empty for one that knows English only.
+        max_source_len: most positions of an encoder's output; None without an encoder.
+        decoder_prompt_ids: what an encoder-decoder's decoder begins with, unless the request says otherwise.
     """
 
     name: str
@@ -69,6 +79,10 @@ class ModelInfo:
     kv_bytes_per_token: int
     num_parameters: int
     generation_defaults: Mapping[str, float]
+    family: Family = "decoder"
+    languages: tuple[str, ...] = ()
+    max_source_len: int | None = None
+    decoder_prompt_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +111,7 @@ def load_model_stack(settings: Settings, progress: Progress) -> LoadedStack:
     device = _device(settings)
     if device == "cpu":
         _use_cores()
-    _check_fit(settings, source, device)
+    family = _check_fit(settings, source, device)
     progress(f"loading the tokenizer of {source}", None)
     try:
         tokenizer = load_tokenizer(
@@ -107,9 +121,13 @@ def load_model_stack(settings: Settings, progress: Progress) -> LoadedStack:
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
         )
-        loaded = _load_model(settings, source, device, progress)
+        loaded = _load_model(settings, source, device, family, progress)
+        _check_loaded(settings, loaded)
         config = _engine_config(settings, loaded, device)
-        prompts = PromptEncoder(tokenizer, max_model_len=config.max_model_len)
+        has_source = config.max_source_len is not None
+        prompts = PromptEncoder(
+            tokenizer, max_model_len=config.max_source_len or config.max_model_len, is_source=has_source
+        )
     except TokenizerError as error:
         raise StartupError(_first_line(error)) from error
     engine = _build_engine(loaded, config, progress)
@@ -119,8 +137,6 @@ def load_model_stack(settings: Settings, progress: Progress) -> LoadedStack:
 def _source(settings: Settings) -> str:
     """Hub id or directory of the model."""
     name = settings.hf_model
-    if name in ("demo-t5", "demo-whisper"):
-        raise StartupError(f"--hf-model {name}: this kind of model is not available in this version")
     demo = DEMO_MODELS.get(name)
     if settings.revision is not None and (demo is not None or Path(name).is_dir()):
         raise StartupError(f"--revision {settings.revision}: {name} is a local directory, which has no revisions")
@@ -165,9 +181,11 @@ def _use_cores() -> None:
     logger.info("computing with %d CPU threads", num_threads)
 
 
-def _check_fit(settings: Settings, source: str, device: str) -> None:
-    """What can be refused before the weights are fetched."""
+def _check_fit(settings: Settings, source: str, device: str) -> Family | None:
+    """What can be refused before the weights are fetched; the family, where the config tells."""
     from transformers import AutoConfig
+
+    from engine.model.loader import family_of
 
     dtype = settings.torch_dtype
     if device == "cpu" and dtype == "float16":
@@ -178,23 +196,62 @@ def _check_fit(settings: Settings, source: str, device: str) -> None:
         )
     except (OSError, ValueError, KeyError) as error:
         if "." in settings.model_type:
-            return  # one's own class may bring a config that transformers does not know
+            return None  # one's own class may bring a config that transformers does not know
         raise StartupError(f"--hf-model {settings.hf_model}: {_first_line(error)}") from error
-    if getattr(config, "is_encoder_decoder", False):
-        raise StartupError(
-            f"--hf-model {settings.hf_model}: {config.model_type} is an encoder-decoder, "
-            "and serving those is not available in this version"
-        )
-    if device == "cpu" and dtype == "auto" and str(getattr(config, "dtype", None)) == "torch.float16":
+    family = family_of(config)
+    _check_family(settings, config.model_type, family)
+    stored = str(getattr(config, "dtype", None))
+    if device == "cpu" and dtype == "auto" and stored == "torch.float16":
         raise StartupError("--torch-dtype auto: the checkpoint is float16; on the CPU choose bfloat16 or float32")
+    is_half = dtype == "float16" or (dtype == "auto" and stored == "torch.float16")
+    if is_half and hasattr(config, "relative_attention_num_buckets"):
+        raise StartupError(f"--torch-dtype {dtype}: T5's activations overflow in float16; choose bfloat16 or float32")
+    return family
 
 
-def _load_model(settings: Settings, source: str, device: str, progress: Progress) -> LoadedModel:
+def _check_family(settings: Settings, model_type: str, family: Family) -> None:
+    """The checkpoint decides, unless the operator said something else."""
+    architecture = "decoder" if family == "decoder" else "encoder-decoder"
+    if family == "speech" and model_type != "whisper":
+        raise StartupError(f"--hf-model {settings.hf_model}: {model_type} reads speech, and only Whisper is served")
+    serving = "whisper" if family == "speech" else "chat"
+    for name, value in (("architecture_type", architecture), ("serving_type", serving)):
+        given = getattr(settings, name)
+        if given == value:
+            continue
+        if settings.is_given(name):
+            option = f"--{name.replace('_', '-')} {given}"
+            raise StartupError(f"{option}: {settings.hf_model} is a {model_type}, so it should be {value}")
+        logger.info("%s: %s (the checkpoint is a %s)", name.replace("_", " "), value, model_type)
+    if family != "speech" and settings.is_given("processor_type"):
+        raise StartupError(f"--processor-type {settings.processor_type}: has no effect on a model that reads text")
+    if family == "decoder" and settings.is_given("static_cache_encoder_max_length"):
+        length = settings.static_cache_encoder_max_length
+        raise StartupError(f"--static-cache-encoder-max-length {length}: {model_type} has no encoder")
+
+
+def _check_loaded(settings: Settings, loaded: LoadedModel) -> None:
+    """What only the loaded model can tell: one's own classes come without a config that is known before."""
+    given = settings.static_cache_encoder_max_length
+    positions = loaded.max_source_positions
+    if not settings.is_given("static_cache_encoder_max_length") or positions is None:
+        return
+    if given > positions or (loaded.family == "speech" and given != positions):
+        rule = "exactly" if loaded.family == "speech" else "at most"
+        raise StartupError(
+            f"--static-cache-encoder-max-length {given}: should be {rule} the encoder's positions ({positions})"
+        )
+
+
+def _load_model(settings: Settings, source: str, device: str, family: Family | None, progress: Progress) -> LoadedModel:
     from engine.model.loader import LoadError, LoadRequest, load_model
 
+    model_type = settings.model_type
+    if not settings.is_given("model_type") and family is not None:
+        model_type = _MODEL_TYPES[family]
     request = LoadRequest(
         name=source,
-        model_type=settings.model_type,
+        model_type=model_type,
         dtype=settings.torch_dtype,
         device=device,
         revision=settings.revision,
@@ -221,6 +278,7 @@ def _engine_config(settings: Settings, loaded: LoadedModel, device: str) -> Engi
         # Every sequence of a full step needs room for its one token.
         max_batch_tokens=settings.max_batch_tokens or max(default_tokens, settings.continuous_batching_batch_size),
         max_model_len=_max_model_len(settings, loaded.max_positions),
+        max_source_len=_max_source_len(settings, loaded),
         kv_budget_bytes=kv_budget_bytes,
         is_prefix_caching=settings.prefix_caching,
         is_static_cache=settings.static_cache,
@@ -243,6 +301,18 @@ def _max_model_len(settings: Settings, positions: int | None) -> int:
     if asked is not None and positions is not None and asked > positions:
         raise StartupError(f"{option} {asked}: should be at most the model's positions ({positions})")
     return asked or positions or MAX_MODEL_LEN_OF_UNBOUNDED
+
+
+def _max_source_len(settings: Settings, loaded: LoadedModel) -> int | None:
+    """The longest source: as asked, or what the encoder has positions for; None without an encoder."""
+    positions = loaded.max_source_positions
+    if loaded.family == "decoder":
+        return None
+    if loaded.family == "speech":
+        return positions
+    if settings.static_cache:
+        return settings.static_cache_encoder_max_length
+    return min(settings.max_model_len or MAX_MODEL_LEN_OF_UNBOUNDED, positions or MAX_MODEL_LEN_OF_UNBOUNDED)
 
 
 def _free_bytes(device: str) -> int:
@@ -284,6 +354,9 @@ def _info(settings: Settings, loaded: LoadedModel, config: EngineConfig, engine:
         kv_bytes_per_token=engine.lane.kv_bytes_per_token,
         num_parameters=loaded.num_parameters,
         generation_defaults={name: value for name, value in recommended.items() if value is not None},
+        family=loaded.family,
+        max_source_len=config.max_source_len,
+        decoder_prompt_ids=loaded.decoder_prompt_ids,
     )
 
 

@@ -49,6 +49,9 @@ GIVEN = [
     ("--model-type", "my.package.Model", "my.package.Model"),
     ("--tokenizer-type", "LlamaTokenizer", "LlamaTokenizer"),
     ("--tokenizer-use-fast", "no", False),
+    ("--processor-type", "WhisperFeatureExtractor", "WhisperFeatureExtractor"),
+    ("--architecture-type", "encoder-decoder", "encoder-decoder"),
+    ("--serving-type", "whisper", "whisper"),
     ("--hf-model", "some/model", "some/model"),
     ("--torch-dtype", "auto", "auto"),
     ("--continuous-batching-microsleep", "0", 0.0),
@@ -102,12 +105,12 @@ REFUSED = [
     # Features that are not there, and options that mean nothing without them: even at their default values.
     ("--hqq", "True", "not available"),
     ("--torch-compile", "True", "not available"),
-    ("--architecture-type", "encoder-decoder", "not available"),
-    ("--serving-type", "whisper", "not available"),
-    ("--static-cache-encoder-max-length", "256", "without --architecture-type encoder-decoder"),
+    ("--architecture-type", "encoder", "'decoder' or 'encoder-decoder'"),
+    ("--serving-type", "speech", "'chat' or 'whisper'"),
+    ("--static-cache-encoder-max-length", "256", "without --static-cache True"),
     ("--static-cache-decoder-max-length", "512", "without --static-cache True"),
     ("--torch-compile-mode", "reduce-overhead", "without --torch-compile True"),
-    ("--processor-type", "AutoProcessor", "without --serving-type whisper"),
+    ("--processor-type", "not a class", "match pattern"),
 ]
 
 

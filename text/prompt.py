@@ -34,18 +34,19 @@ class PromptEncoder:
 
     Args:
         tokenizer: of the model, of any kind.
-        max_model_len: most tokens of one sequence.
+        max_model_len: most tokens of one sequence; of a source, where the text is for an encoder.
+        is_source: whether it is.
     Raises:
         TokenizerError: the model's chat template is not valid.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_model_len: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_model_len: int, is_source: bool = False) -> None:
         self._max_model_len = max_model_len
         self._max_chars_per_token = max_chars_per_token(tokenizer)
-        self._template = ChatTemplate(tokenizer)
+        self._template = ChatTemplate(tokenizer, is_source=is_source)
         self._controls = _find_controls(tokenizer, self._template)
         self._encoder = TextEncoder(tokenizer, self._controls)
-        if not self._template.exists:
+        if not self._template.exists and not is_source:
             logger.warning("the model has no chat template: messages become lines such as `User: ...`")
 
     @property

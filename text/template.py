@@ -34,15 +34,19 @@ class ChatTemplate:
     """One model's template, or the plain fallback of a model that has none.
 
     The fallback writes each message as a line of its own, `User: ...`, with `System`, `Assistant` and `Tool` for the
-    other roles, and `Assistant:` at the end for the model to go on from.
+    other roles, and `Assistant:` at the end for the model to go on from. What an encoder reads has no end to go on
+    from: there the texts of system messages and one user message follow each other, a line each, just as they are;
+    longer conversations are written in lines of `User: ...` as above.
 
     Args:
         tokenizer: of the model.
+        is_source: whether the text is for an encoder.
     Raises:
         TokenizerError: the template is not valid jinja.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, is_source: bool = False) -> None:
+        self._is_source = is_source
         self._special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
         self._sources = _sources(tokenizer.chat_template)
         self._traits = {name: self._find_traits(source) for name, source in self._sources.items()}
@@ -85,6 +89,12 @@ class ChatTemplate:
         Raises:
             PromptError: the template refuses the messages, or cannot cope with them.
         """
+        if self._is_source and continue_final_message:
+            raise PromptError(
+                "this model's answer is apart from what it reads: no message can be continued", "messages"
+            )
+        if not self.exists and self._is_source:
+            return _render_source(messages, tools)
         if not self.exists:
             return _render_plain(messages, add_generation_prompt, continue_final_message, tools)
         try:
@@ -152,6 +162,13 @@ def _reason(error: Exception) -> str:
     # transformers appends the whole conversation to some messages, after the first line.
     line = (str(error).splitlines() or [""])[0].strip() or type(error).__name__
     return line.partition("Final message to continue:")[0]
+
+
+def _render_source(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+    *before, last = messages
+    if not tools and last["role"] == "user" and all(message["role"] == "system" for message in before):
+        return "\n".join(str(message["content"]) for message in messages)
+    return _render_plain(messages, add_generation_prompt=False, continue_final_message=True, tools=tools)
 
 
 def _render_plain(

@@ -67,9 +67,13 @@ class EncoderDecoderKV:
 
     def admit(self, sequence: Sequence) -> bool:
         """Take memory for a waiting sequence in both accounts; False when either has no room."""
+        num_new = self.num_to_encode(sequence)
         if not self.cross.acquire(sequence):
             return False
         if self.own.admit(sequence):
+            if sequence.num_preemptions == 0 and sequence.source is not None:
+                # What callers call the prompt is the source.
+                sequence.num_cached_tokens = sequence.source.num_positions - num_new
             return True
         self.cross.release(sequence, can_keep=True)
         return False

@@ -154,7 +154,7 @@ class KVManager:
                 key = holding.promised.pop()
                 self._index.redeem([key])
             else:
-                last = holding.keys[-1] if holding.keys else sequence.cache_salt
+                last = holding.keys[-1] if holding.keys else sequence.kv_salt
                 key = chain(last, sequence.token_slice(start, start + BLOCK_SIZE))
             holding.keys.append(key)
             self._index.publish(key, holding)

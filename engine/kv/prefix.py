@@ -28,7 +28,7 @@ def chain(previous: bytes, token_ids: list[int]) -> bytes:
 
 def block_keys(sequence: Sequence) -> list[bytes]:
     """The keys of a sequence's full blocks, but for its last token: that one's logits are always wanted."""
-    keys, key = [], sequence.cache_salt
+    keys, key = [], sequence.kv_salt
     for start in range(0, sequence.num_tokens - BLOCK_SIZE, BLOCK_SIZE):
         key = chain(key, sequence.token_slice(start, start + BLOCK_SIZE))
         keys.append(key)

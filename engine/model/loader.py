@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
 
 from engine.model.linear import prepack_linears
 
@@ -60,6 +61,8 @@ class LoadedModel:
         max_positions: of the decoder; None where the architecture has no bound.
         max_source_positions: of the encoder's output; None where there is no encoder, or no bound.
         family: a causal LM, or an encoder-decoder that reads text or speech.
+        decoder_prompt_ids: what an encoder-decoder's decoder begins with: the start token, and the one that its
+            generation config forces after it (mBART's and M2M100's language).
         alignment_heads: of a speech model, by decoder layer, the heads that show where in the audio a token is.
     """
 
@@ -74,6 +77,7 @@ class LoadedModel:
     family: Family = "decoder"
     max_source_positions: int | None = None
     alignment_heads: Mapping[int, list[int]] = field(default_factory=dict)
+    decoder_prompt_ids: tuple[int, ...] = ()
 
     @property
     def architecture(self) -> str:
@@ -131,6 +135,7 @@ def describe(model: Any) -> LoadedModel:
         family=family,
         max_source_positions=None if family == "decoder" else _max_source_positions(model.config),
         alignment_heads=_alignment_heads(model) if family == "speech" else {},
+        decoder_prompt_ids=() if family == "decoder" else _decoder_prompt_ids(model),
     )
 
 
@@ -138,7 +143,7 @@ def family_of(config: Any) -> Family:
     """What kind of model a config describes."""
     if not getattr(config, "is_encoder_decoder", False):
         return "decoder"
-    return "speech" if getattr(config, "num_mel_bins", None) else "encoder-decoder"
+    return "speech" if config.model_type in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES else "encoder-decoder"
 
 
 def _resolve(name: str) -> Any:
@@ -182,6 +187,19 @@ def _max_source_positions(config: Any) -> int | None:
     encoder = getattr(config, "encoder", None)
     source = encoder if hasattr(encoder, "max_position_embeddings") else config
     return getattr(config, "max_source_positions", None) or _max_positions(source)
+
+
+def _decoder_prompt_ids(model: Any) -> tuple[int, ...]:
+    """As generate() begins: decoder_start_token_id, else BOS, then forced_bos_token_id where there is one."""
+    configs = [config for config in (getattr(model, "generation_config", None), model.config) if config is not None]
+
+    def find(*names: str) -> int | None:
+        values = (getattr(config, name, None) for name in names for config in configs)
+        return next((int(v) for v in values if isinstance(v, int)), None)
+
+    start = find("decoder_start_token_id", "bos_token_id")
+    forced = find("forced_bos_token_id")
+    return (0 if start is None else start, *(() if forced is None else (forced,)))
 
 
 def _alignment_heads(model: Any) -> dict[int, list[int]]:

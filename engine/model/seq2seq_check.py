@@ -76,7 +76,7 @@ def try_flat(model: Any, device: torch.device, *, num_positions: int, is_speech:
             cross_shape=cross_shapes[0],
             hidden_size=hiddens[0].shape[-1],
             num_layers=len(shapes),
-            num_positions=num_positions,
+            num_positions=max(num_positions, _CAPACITY),  # the trial needs some however short sequences will be
         )
         encoder = Encoder(model, device, decoder.plain)
         error = _Trial(decoder, encoder, shapes, cross_shapes, device).compare(prompts, hiddens, expected)

@@ -156,6 +156,15 @@ def test_sequences_of_one_source_share_its_slot_and_its_encoding(monkeypatch: py
     assert sum(encoded) == 3
 
 
+def test_a_shared_decoder_prompt_is_reused_for_the_same_source_only() -> None:
+    engine = engine_of("bart")
+    start = [zoo.START_ID, *prompt(40, seed=5)]
+    expected = [zoo.generate(model_of("bart"), ids, NUM_TOKENS, prompt=start) for ids in sources()[:2]]
+    assert expected[0] != expected[1]
+    for n in (0, 1, 0):
+        assert tokens(drive(engine, [sequence(n, text(sources()[n]), start)])[n]) == expected[n]
+
+
 def test_without_prefix_caching_no_encoder_output_is_kept() -> None:
     engine = engine_of("t5", is_prefix_caching=False)
     assert isinstance(engine.kv, EncoderDecoderKV)

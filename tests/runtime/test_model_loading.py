@@ -15,6 +15,8 @@ from engine.sequence import SamplingParams, Sequence
 from runtime import model_loading
 from runtime.hardware import free_memory_bytes
 from runtime.model_loading import MAX_BATCH_TOKENS_CPU, load_model_stack
+from tests import zoo_seq2seq
+from tests.api.scripted import byte_tokenizer
 from tests.checkpoints import write_checkpoint
 from tests.zoo import generate
 
@@ -99,8 +101,13 @@ def test_no_cuda_is_a_warning_by_default_and_an_error_when_asked_for(
         ({"model_type": "NoSuchClass"}, "--model-type NoSuchClass"),
         ({"model_type": "no.such.Class"}, "--model-type no.such.Class"),
         ({"tokenizer_type": "NoSuchTokenizer"}, "--tokenizer-type NoSuchTokenizer"),
-        ({"hf_model": "demo-t5"}, "--hf-model demo-t5"),
-        ({"hf_model": "demo-whisper"}, "--hf-model demo-whisper"),
+        ({"architecture_type": "encoder-decoder"}, "--architecture-type encoder-decoder: .*llama.* should be decoder"),
+        ({"serving_type": "whisper"}, "--serving-type whisper: .*llama.* should be chat"),
+        ({"processor_type": "AutoFeatureExtractor"}, "--processor-type AutoFeatureExtractor: has no effect"),
+        (
+            {"static_cache": True, "static_cache_encoder_max_length": 9},
+            "--static-cache-encoder-max-length 9: llama has no encoder",
+        ),
         ({"hf_model": "/no/such/directory"}, "/no/such/directory"),
     ],
 )
@@ -110,10 +117,55 @@ def test_what_does_not_fit_is_one_line(options: dict[str, Any], words: str, chec
     assert "\n" not in str(refused.value)
 
 
-def test_an_encoder_decoder_is_refused_before_its_weights_are_loaded(tmp_path: Path) -> None:
-    AutoConfig.for_model("t5").save_pretrained(tmp_path)  # no weights at all
-    with pytest.raises(StartupError, match="t5 is an encoder-decoder"):
-        load_model_stack(settings_of(tmp_path), ignore)
+@pytest.mark.parametrize(
+    ("model_type", "options", "words"),
+    [
+        (
+            "t5",
+            {"architecture_type": "decoder"},
+            "--architecture-type decoder: .* is a t5, so it should be encoder-dec",
+        ),
+        ("t5", {"serving_type": "whisper"}, "--serving-type whisper: .* is a t5, so it should be chat"),
+        ("t5", {"torch_dtype": "float16", "accelerator_type": "cuda"}, "float16|finds no such device"),
+        ("whisper", {"serving_type": "chat"}, "--serving-type chat: .* is a whisper, so it should be whisper"),
+        ("speech_to_text", {}, "speech_to_text reads speech, and only Whisper is served"),
+    ],
+)
+def test_what_contradicts_the_checkpoint_is_refused_before_its_weights_are_loaded(
+    model_type: str, options: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)  # no weights at all
+    with pytest.raises(StartupError, match=words):
+        load_model_stack(settings_of(tmp_path, **options), ignore)
+
+
+def save_seq2seq(name: str, directory: Path) -> Path:
+    model = zoo_seq2seq.make(name)
+    model.save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def test_an_encoder_decoder_is_found_from_its_config(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        stack = load_model_stack(settings_of(save_seq2seq("bart", tmp_path)), ignore)
+    assert "architecture type: encoder-decoder (the checkpoint is a bart)" in caplog.text
+    info = stack.info
+    assert (info.family, info.lane, info.max_model_len) == ("encoder-decoder", "seq2seq", zoo_seq2seq.MAX_POSITIONS)
+    assert info.max_source_len == zoo_seq2seq.MAX_POSITIONS
+    assert info.decoder_prompt_ids == (zoo_seq2seq.START_ID,)
+    asked = settings_of(
+        tmp_path,
+        architecture_type="encoder-decoder",
+        static_cache=True,
+        static_cache_decoder_max_length=9,
+        static_cache_encoder_max_length=17,
+    )
+    info = load_model_stack(asked, ignore).info
+    assert (info.max_model_len, info.max_source_len) == (9, 17)
+    too_long = settings_of(tmp_path, static_cache=True, static_cache_encoder_max_length=999)
+    with pytest.raises(StartupError, match=r"--static-cache-encoder-max-length 999: should be at most .* \(128\)"):
+        load_model_stack(too_long, ignore)
 
 
 def test_a_float16_checkpoint_is_refused_by_auto_on_the_cpu(tmp_path: Path) -> None:
