@@ -18,9 +18,11 @@ from engine.errors import ServerError, StepFailed
 from engine.model.runner import Runner, StepLogits
 from engine.pacing import Pacing
 from engine.profiling import StepProfiler
+from engine.prompt_reader import read_prompts
 from engine.sampling.sampler import Sampler
-from engine.scheduler import Batch, Chosen, KVAccounting, ScheduledSequence, Scheduler
+from engine.scheduler import Batch, Chosen, KVAccounting, Scheduler
 from engine.sequence import EngineStats, Sequence, SequenceOutput
+from engine.validation import check_sequence
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,7 @@ class Engine:
         Raises:
             CallerError: it can never be served; nothing is queued.
         """
+        check_sequence(sequence, self.sampler.vocab_size)
         self.scheduler.add(sequence)
 
     def abort(self, sequence_id: int) -> None:
@@ -155,25 +158,24 @@ class Engine:
 
     def _sample(self, result: StepLogits) -> tuple[dict[int, Chosen], dict[int, ServerError]]:
         """Choose a token for each sequence whose last known token was computed; errors by sequence id."""
+        errors = read_prompts(result.items, result.logits, self.sampler)
         rows: list[int] = []
         sequences: list[Sequence] = []
         first = 0
         for item in result.items:
             last = first + item.num_logits
-            if item.sequence.params.num_prompt_logprobs is not None and not item.sequence.output_token_ids:
-                self._score_prompt(item, result.logits[first:last])
-            if item.is_sampling and item.sequence.params.max_tokens > 0:
+            has_failed = item.sequence.sequence_id in errors
+            if item.is_sampling and item.sequence.params.max_tokens > 0 and not has_failed:
                 rows.append(last - 1)
                 sequences.append(item.sequence)
             first = last
         if not rows:
-            return {}, {}
+            return {}, errors
         logits = result.logits
         if rows != list(range(logits.shape[0])):
             logits = logits[torch.tensor(rows, device=logits.device)]
         sampled = self.sampler.sample(logits, sequences)
         chosen: dict[int, Chosen] = {}
-        errors: dict[int, ServerError] = {}
         for row, sequence in enumerate(sequences):
             error = sampled.errors[row]
             if error is not None:
@@ -181,16 +183,6 @@ class Engine:
             else:
                 chosen[sequence.sequence_id] = Chosen(sampled.token_ids[row], sampled.logprobs[row])
         return chosen, errors
-
-    def _score_prompt(self, item: ScheduledSequence, logits: torch.Tensor) -> None:
-        """Note the log-probabilities of the prompt tokens that follow this item's tokens."""
-        sequence = item.sequence
-        following = sequence.prompt_token_ids[item.start + 1 : item.start + item.num_tokens + 1]
-        if following and sequence.params.num_prompt_logprobs is not None:
-            scores = self.sampler.prompt_logprobs(
-                logits[: len(following)], following, sequence.params.num_prompt_logprobs
-            )
-            sequence.prompt_logprobs.extend(scores)
 
     def _fail_one(self, sequence: Sequence, error: ServerError) -> SequenceOutput:
         # Its KV may hold the NaN that made it fail: never shared.

@@ -92,9 +92,18 @@ class ScheduledSequence:
     num_logits: int
 
     @property
+    def stop(self) -> int:
+        """Past its last token."""
+        return self.start + self.num_tokens
+
+    @property
     def is_sampling(self) -> bool:
         """Whether this step computes the sequence's last known token, so that the next one can be chosen."""
-        return self.start + self.num_tokens == self.sequence.num_tokens
+        return self.stop == self.sequence.num_tokens
+
+    def holds(self, position: int) -> bool:
+        """Whether the token at `position` of the sequence is computed here."""
+        return self.start <= position < self.stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,11 +306,7 @@ class Scheduler:
             # Whole prompts, and after a preemption the output token by token, as it was made: a recurrent state or a
             # RoPE that grows with length must see the same steps again.
             num_tokens = len(sequence.prompt_token_ids) if start == 0 else 1
-        if sequence.params.num_prompt_logprobs is not None and not sequence.output_token_ids:
-            num_logits = num_tokens
-        else:
-            num_logits = int(num_tokens == left)
-        items.append(ScheduledSequence(sequence, start, num_tokens, num_logits))
+        items.append(ScheduledSequence(sequence, start, num_tokens, _num_logits(sequence, start, start + num_tokens)))
         return num_tokens
 
     def _make_room(self, sequence: Sequence) -> bool:
@@ -320,6 +325,8 @@ class Scheduler:
         sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
         sequence.prompt_logprobs.clear()
+        sequence.probed = None
+        sequence.alignment.clear()
         self.preemptions_total += 1
         self._preempted.append(sequence)
         self.waiting.append(sequence)
@@ -351,4 +358,19 @@ class Scheduler:
             stop_token_id=stop_token_id,
             num_cached_tokens=sequence.num_cached_tokens,
             scheduled_time_s=sequence.scheduled_time_s,
+            probed=sequence.probed if is_first else None,
+            alignment=sequence.joined_alignment() if params.is_aligning else None,
         )
+
+
+def _num_logits(sequence: Sequence, start: int, stop: int) -> int:
+    """How many of the last of a sequence's tokens [start, stop) want logits."""
+    is_sampling = stop == sequence.num_tokens
+    params = sequence.params
+    if sequence.output_token_ids:
+        return int(is_sampling)  # what was asked about the prompt has been told
+    if params.num_prompt_logprobs is not None:
+        return stop - start
+    if params.probe is not None and start <= params.probe.position < stop:
+        return stop - params.probe.position
+    return int(is_sampling)

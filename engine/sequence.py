@@ -215,8 +215,10 @@ class Sequence:
     num_cached_tokens: int = 0
     scheduled_time_s: float | None = None
     num_preemptions: int = 0
+    # What was read of the prompt, until the first output tells it.
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
-    alignment: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    probed: tuple[float, ...] | None = None
+    alignment: list[npt.NDArray[np.float32]] = field(default_factory=list)  # a chunk: [heads, tokens, positions]
 
     @property
     def kv_salt(self) -> bytes:
@@ -232,6 +234,12 @@ class Sequence:
     def is_finished(self) -> bool:
         """Whether it has left the scheduler for good."""
         return self.state is SequenceState.FINISHED
+
+    def joined_alignment(self) -> npt.NDArray[np.float32]:
+        """The chunks of `alignment` as one: float32 [heads, prompt tokens, source positions]."""
+        import numpy as np
+
+        return np.concatenate(self.alignment, axis=1)
 
     def token_slice(self, start: int, stop: int) -> list[int]:
         """Token ids [start, stop) of prompt followed by output."""

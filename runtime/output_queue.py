@@ -82,6 +82,8 @@ class OutputQueue:
             stop_token_id=newest.stop_token_id,
             num_cached_tokens=newest.num_cached_tokens,
             scheduled_time_s=first.scheduled_time_s,
+            probed=first.probed,
+            alignment=first.alignment,
         )
         self._token_ids, self._logprobs = [], []
         return output

@@ -234,8 +234,9 @@ class KVManager:
         return _Match(holding, keys)
 
     def _can_reuse(self, sequence: Sequence) -> bool:
-        # Scoring a prompt needs every token's logits.
-        return self.is_prefix_caching and sequence.params.num_prompt_logprobs is None
+        # Scoring a prompt needs every token's logits, aligning it every token's attention.
+        params = sequence.params
+        return self.is_prefix_caching and params.num_prompt_logprobs is None and not params.is_aligning
 
     def _keys_of(self, sequence: Sequence) -> list[bytes]:
         keys = self._waiting_keys.get(sequence.sequence_id)

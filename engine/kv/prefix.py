@@ -27,9 +27,11 @@ def chain(previous: bytes, token_ids: list[int]) -> bytes:
 
 
 def block_keys(sequence: Sequence) -> list[bytes]:
-    """The keys of a sequence's full blocks, but for its last token: that one's logits are always wanted."""
+    """The keys of a sequence's full blocks up to the first token whose logits are wanted: that one is computed."""
     keys, key = [], sequence.kv_salt
-    for start in range(0, sequence.num_tokens - BLOCK_SIZE, BLOCK_SIZE):
+    probe = sequence.params.probe
+    stop = sequence.num_tokens - 1 if probe is None or sequence.output_token_ids else probe.position
+    for start in range(0, stop + 1 - BLOCK_SIZE, BLOCK_SIZE):
         key = chain(key, sequence.token_slice(start, start + BLOCK_SIZE))
         keys.append(key)
     return keys

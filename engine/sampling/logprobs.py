@@ -1,4 +1,4 @@
-"""Log-probabilities of the model's own distribution: before bias, penalties, temperature and filters.
+"""Log-probabilities of the model's own distribution, under token rules: before bias, penalties and temperature.
 
 Knows nothing of how a token was chosen.
 Called by engine/sampling/sampler.py.
@@ -22,7 +22,7 @@ FLOOR = -9999.0
 
 @dataclass(frozen=True, slots=True)
 class RawLogprobs:
-    """What is kept of some rows' raw logits, to answer once their tokens are chosen.
+    """What is kept of some rows' logits, raw or under their token rules, to answer once their tokens are chosen.
 
     Args:
         index: [S] int64, rows of the batch.
@@ -52,7 +52,7 @@ class RawLogprobs:
         """Return the logprobs of the chosen tokens.
 
         Args:
-            logits: [R, V] any float dtype, the raw logits again.
+            logits: [R, V] any float dtype, the raw logits again: what rules forbid is never chosen.
             token_ids: [S, 1] int64, the chosen token of each row of `index`.
             num_top: how many alternatives each of the S rows wants, each at most K.
 

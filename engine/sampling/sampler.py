@@ -3,10 +3,11 @@
 Knows nothing of text, KV or scheduling; a row's result depends on its own logits, parameters and history, never on
 its neighbours. Called by engine/engine.py, once a step.
 
-    raw logits ─ finite? ─ logprobs of the model ─ bias, penalties, min_tokens ─┬─ greedy: argmax
-                                                                                 ├─ plain: temperature, draw from the
-                                                                                 softmax └─ filtered: temperature,
-                                                                                 top_k, top_p, min_p, draw
+    raw logits ─ finite? ─ token rules ─ logprobs ─ bias, penalties, min_tokens ─┬─ greedy: argmax
+                                                                                  ├─ plain: temperature, draw from
+                                                                                  │  the softmax
+                                                                                  └─ filtered: temperature, top_k,
+                                                                                     top_p, min_p, draw
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from engine.sampling.draw import BLOCK, uniform
 from engine.sampling.filters import FilterRows, sample_dense, sample_filtered
 from engine.sampling.logprobs import RawLogprobs
 from engine.sampling.processors import LogitsProcessors, is_unprocessed
+from engine.sampling.rules import RuleBook
 from engine.sequence import SamplingParams, Sequence, TokenLogprobs
 
 logger = logging.getLogger(__name__)
@@ -74,10 +76,16 @@ class Sampler:
         self._device = torch.device(device)
         self._processors = LogitsProcessors(vocab_size, eos_token_ids)
         self._width = -(-vocab_size // BLOCK) * BLOCK
+        self._rules = RuleBook(vocab_size, self._width, self._device)
         workspace_bytes = _CPU_WORKSPACE_BYTES if self._device.type == "cpu" else _GPU_WORKSPACE_BYTES
         self._max_chunk = max(1, workspace_bytes // (4 * self._width))
         self._logits: Tensor | None = None  # [rows, Vp] float32; columns from V on are -inf, always
         self._scratch: Tensor | None = None  # the same shape
+
+    @property
+    def vocab_size(self) -> int:
+        """V, which every token id that a sequence names must be below."""
+        return self._vocab_size
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, rows: Rows[Sequence]) -> SampledTokens:
@@ -173,7 +181,8 @@ class Sampler:
         self, logits: Tensor, rows: Rows[Sequence]
     ) -> tuple[list[int], list[TokenLogprobs | None], list[ServerError | None]]:
         x, scratch = self._load(logits)
-        maxima = block_maxima(x)
+        has_rules = any(s.params.token_rules is not None for s in rows)
+        maxima = self._rules.apply(x, rows) if has_rules else block_maxima(x)
         asking = [i for i, s in enumerate(rows) if s.params.num_logprobs is not None]
         raw: RawLogprobs | None = None
         if asking:

@@ -12,7 +12,7 @@ from engine.kv.manager import KVManager
 from engine.kv.pool import SlotPool, size_classes
 from engine.pacing import MAX_SLOWDOWN, MIN_PROMPT_TOKENS, Pacing
 from engine.scheduler import AGEING_S, Batch, Chosen, Scheduler
-from engine.sequence import SamplingParams, Sequence, SequenceState
+from engine.sequence import PromptProbe, SamplingParams, Sequence, SequenceState
 
 
 class _Clock:
@@ -146,6 +146,38 @@ def test_prompt_logits_are_wanted_for_every_token_only_when_the_prompt_is_scored
     scheduler.add(plain)
     scheduler.add(scored)
     assert [item.num_logits for item in scheduler.schedule().items] == [1, 6]
+
+
+@pytest.mark.parametrize(("position", "expected"), [(0, [5, 0, 1]), (4, [1, 0, 1]), (5, [0, 5, 1]), (11, [0, 0, 1])])
+def test_logits_are_wanted_from_a_probed_token_to_the_end_of_its_chunk(position: int, expected: list[int]) -> None:
+    scheduler = _scheduler(max_batch_tokens=5)
+    probing = _sequence(0, 12)
+    probing.params = SamplingParams(max_tokens=2, probe=PromptProbe(position, (1,)))
+    scheduler.add(probing)
+    wanted = []
+    for _ in range(4):
+        batch = scheduler.schedule()
+        wanted += [item.num_logits for item in batch.items]
+        _commit(scheduler, batch)
+    assert wanted == [*expected, 1]  # and once for the second token
+
+
+def test_what_was_read_of_a_prompt_is_told_once_and_lost_with_a_preemption() -> None:
+    scheduler = _scheduler(max_batch_tokens=5)
+    probing = _sequence(0, 8)
+    probing.params = SamplingParams(max_tokens=3, probe=PromptProbe(2, (1,)))
+    scheduler.add(probing)
+    _commit(scheduler, scheduler.schedule())
+    probing.probed = (0.5,)
+    scheduler._preempt(probing)
+    assert probing.probed is None
+    _commit(scheduler, scheduler.schedule())
+    probing.probed = (0.25,)
+    told = []
+    for _ in range(3):
+        batch = scheduler.schedule()
+        told += [output.probed for output in scheduler.commit(batch, {0: Chosen(7, None)})]
+    assert told == [(0.25,), None, None]
 
 
 def test_pacing_lets_prompts_slow_streams_by_a_bounded_factor() -> None:

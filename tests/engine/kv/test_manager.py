@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.kv.manager import KVManager
 from engine.kv.pool import CopySlot, ResizeArena, Slot, SlotPool, size_classes
 from engine.kv.prefix import BLOCK_SIZE
-from engine.sequence import SamplingParams, Sequence
+from engine.sequence import PromptProbe, SamplingParams, Sequence
 
 
 def _sequence(number: int, prompt: list[int], max_tokens: int = 8, salt: bytes = b"") -> Sequence:
@@ -40,6 +41,40 @@ def test_a_prefix_of_full_blocks_is_reused_and_the_last_token_always_computed() 
     assert second.num_cached_tokens == BLOCK_SIZE  # not two blocks: the last token's logits are wanted
     copies = [op for op in manager.take_ops() if isinstance(op, CopySlot)]
     assert [copy.num_tokens for copy in copies] == [BLOCK_SIZE]
+
+
+@pytest.mark.parametrize(("position", "expected"), [(0, 0), (31, 0), (32, 1), (70, 2), (127, 3)])
+def test_a_probed_token_is_never_reused_until_it_was_told(position: int, expected: int) -> None:
+    manager = _manager()
+    prompt = list(range(4 * BLOCK_SIZE))
+    first = _sequence(0, prompt)
+    assert manager.admit(first)
+    _compute(manager, first)
+    probing = _sequence(1, prompt)
+    probing.params = SamplingParams(max_tokens=8, probe=PromptProbe(position, (1,)))
+    assert manager.admit(probing)
+    assert probing.num_computed_tokens == expected * BLOCK_SIZE
+    _compute(manager, probing)
+    manager.check_integrity()
+    manager.free(probing, can_keep=True)
+    probing.output_token_ids.append(5)
+    assert manager.admit(probing)
+    assert probing.num_computed_tokens == 4 * BLOCK_SIZE
+    manager.check_integrity()
+
+
+def test_an_aligning_sequence_reuses_nothing_and_is_waited_for_by_nobody() -> None:
+    manager = _manager()
+    prompt = [1] * (6 * BLOCK_SIZE)
+    first = _sequence(0, prompt)
+    assert manager.admit(first)
+    _compute(manager, first)
+    aligning = _sequence(1, prompt)
+    aligning.params = SamplingParams(max_tokens=0, is_aligning=True)
+    assert not manager.is_being_computed(aligning)
+    assert manager.admit(aligning)
+    assert aligning.num_computed_tokens == 0
+    manager.check_integrity()
 
 
 def test_who_shares_a_long_beginning_waits_until_it_is_computed() -> None:
