@@ -98,10 +98,13 @@ class RuleBook:
 
     def _allow_only(self, logits: Tensor, token_ids: Tensor, group: list[int]) -> None:
         index = self._to(group)
-        before = logits.index_select(0, index)  # [S, Vp]
-        after = before - float("inf")
-        after.index_copy_(1, token_ids, before.index_select(1, token_ids))
-        logits.index_copy_(0, index, after)
+        positions = (index[:, None] * self._width + token_ids).view(-1)
+        flat = logits.view(-1)
+        kept = flat.index_select(0, positions).view(len(group), -1)  # [S, A]
+        # A copy of whole rows would tell which are broken too, but fresh pages cost more than this pass over all.
+        is_finite = block_maxima(logits).amax(-1).index_select(0, index) < float("inf")
+        logits.index_fill_(0, index, float("-inf"))
+        flat.index_copy_(0, positions, torch.where(is_finite[:, None], kept, float("nan")).view(-1))
 
     def _indices_of(self, rules: TokenRules) -> _Indices:
         indices = self._kept.get(rules)
