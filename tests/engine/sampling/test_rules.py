@@ -157,6 +157,17 @@ def test_any_history_and_any_rules_are_ruled_as_generate_does(
         assert torch.equal(ours[i], expected(logits[i], row)), row.output_token_ids
 
 
+@pytest.mark.parametrize("more", [0.0, 1e-3, -1e-3])
+def test_a_timestamp_as_likely_as_the_likeliest_text_leaves_the_text(more: float) -> None:
+    logits = random_logits(ODD, 1, 0)
+    logits[:, ODD.first_id :] = -math.inf
+    logits[0, ODD.first_id + 20] = logits[0, : ODD.end_of_text_id].max() + more
+    row = sequence(TokenRules(timestamps=TimestampRules(ODD.first_id, ODD.end_of_text_id, 711)), [ODD.first_id, 11])
+    ours = ruled(logits, [row])[0]
+    assert torch.equal(ours, expected(logits[0], row))
+    assert bool(ours[: ODD.end_of_text_id].isfinite().any()) == (more <= 0)
+
+
 def mixed_rows(vocabulary: Vocabulary, **params: Any) -> list[Sequence]:
     """Rows of several rules, states and parameters, some without any rule."""
     first, end = vocabulary.first_id, vocabulary.end_of_text_id
