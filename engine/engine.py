@@ -164,8 +164,7 @@ class Engine:
         first = 0
         for item in result.items:
             last = first + item.num_logits
-            has_failed = item.sequence.sequence_id in errors
-            if item.is_sampling and item.sequence.params.max_tokens > 0 and not has_failed:
+            if item.is_sampling and item.sequence.params.max_tokens > 0:
                 rows.append(last - 1)
                 sequences.append(item.sequence)
             first = last
