@@ -6,6 +6,7 @@ Driven by an Engine in tests of what is read off a step.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.engine import Engine, Lane
+from engine.kv.cross import CrossManager
+from engine.kv.encoder_decoder import EncoderDecoderKV
 from engine.kv.manager import KVManager
 from engine.kv.pool import SlotPool, StorageOp, size_classes
 from engine.model.runner import StepLogits
 from engine.sampling.sampler import Sampler
-from engine.scheduler import Batch
+from engine.scheduler import Batch, KVAccounting
 from engine.sequence import Sequence
 from tests import zoo
 
@@ -51,7 +54,7 @@ class ScriptedRunner:
         self.is_aligning = True
         self.asked: list[tuple[int, int, int, int]] = []  # sequence id, start, tokens, logits
 
-    def apply(self, ops: list[StorageOp]) -> None:
+    def apply(self, ops: Iterable[StorageOp]) -> None:
         """Nothing to store."""
 
     def forward(self, batch: Batch) -> StepLogits:
@@ -79,6 +82,10 @@ class ScriptedRunner:
 def scripted_engine(**limits: Any) -> tuple[Engine, ScriptedRunner]:
     """An engine around one, with slots that are only accounted for; keyword arguments are EngineConfig's."""
     config = EngineConfig(**{"max_num_seqs": 8, "max_batch_tokens": 256, "max_model_len": 256, **limits})
-    kv = KVManager(SlotPool(size_classes(16, 256), 16, None), is_prefix_caching=config.is_prefix_caching)
+    own = KVManager(SlotPool(size_classes(16, 256), 16, None), is_prefix_caching=config.is_prefix_caching)
+    kv: KVAccounting = own
+    if config.max_source_len is not None:
+        cross = CrossManager(SlotPool((config.max_source_len,), 16, None), is_caching=True)
+        kv = EncoderDecoderKV(own, cross, positions_per_token=1.0)
     runner = ScriptedRunner()
     return Engine(config, Lane("scripted", "a test", 1), runner, kv, Sampler(VOCAB_SIZE, (), "cpu")), runner

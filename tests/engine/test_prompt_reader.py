@@ -17,6 +17,7 @@ from tests.engine.harness import drive, engine_for, tiny_model, tokens
 from tests.engine.scripted_runner import NUM_HEADS, logits_at, scripted_engine, weights_at
 
 IDS = (3, 100, 7)
+SPEECH = Source(b"speech", 5)
 
 
 def _probing(number: int, prompt: list[int], position: int, max_tokens: int = 4, **params: Any) -> Sequence:
@@ -26,11 +27,11 @@ def _probing(number: int, prompt: list[int], position: int, max_tokens: int = 4,
 
 def _aligning(number: int, prompt: list[int], **fields: Any) -> Sequence:
     params = SamplingParams(0, is_aligning=True)
-    return Sequence(number, prompt, params, arrival_time_s=float(number), source=Source(b"speech", 5), **fields)
+    return Sequence(number, prompt, params, arrival_time_s=float(number), source=SPEECH, **fields)
 
 
-def _plain(number: int, prompt: list[int]) -> Sequence:
-    return Sequence(number, prompt, SamplingParams(4, temperature=0.0), arrival_time_s=float(number))
+def _plain(number: int, prompt: list[int], **fields: Any) -> Sequence:
+    return Sequence(number, prompt, SamplingParams(4, temperature=0.0), arrival_time_s=float(number), **fields)
 
 
 def _expected(sequence: Sequence) -> tuple[float, ...]:
@@ -176,9 +177,9 @@ def test_a_probed_row_of_nan_fails_alone(budget: int) -> None:
 
 @pytest.mark.parametrize("budget", [256, 9, 1])
 def test_a_prompt_is_aligned_whole_however_it_is_cut(budget: int) -> None:
-    engine, _ = scripted_engine(max_batch_tokens=budget)
+    engine, _ = scripted_engine(max_batch_tokens=budget, max_source_len=8)
     prompts = [zoo.prompt(20 + n, seed=n) for n in range(3)]
-    rows = [_aligning(0, prompts[0]), _plain(1, prompts[1]), _aligning(2, prompts[2])]
+    rows = [_aligning(0, prompts[0]), _plain(1, prompts[1], source=SPEECH), _aligning(2, prompts[2])]
     outputs = drive(engine, rows, stagger=1)
     for number in (0, 2):
         (only,) = outputs[number]
@@ -192,9 +193,9 @@ def test_a_prompt_is_aligned_whole_however_it_is_cut(budget: int) -> None:
 
 
 def test_an_aligning_prompt_reuses_nothing_and_starts_over_after_preemption() -> None:
-    engine, runner = scripted_engine(max_batch_tokens=2 * BLOCK_SIZE)
+    engine, runner = scripted_engine(max_batch_tokens=2 * BLOCK_SIZE, max_source_len=8)
     prompt = zoo.prompt(4 * BLOCK_SIZE)
-    drive(engine, [_plain(0, prompt)])
+    drive(engine, [_plain(0, prompt, source=SPEECH)])
     runner.asked.clear()
     aligning = _aligning(1, prompt)
     engine.add(aligning)
@@ -212,9 +213,9 @@ def test_an_aligning_prompt_reuses_nothing_and_starts_over_after_preemption() ->
 
 
 def test_a_model_that_tells_no_alignment_fails_who_asks_alone() -> None:
-    engine, runner = scripted_engine()
+    engine, runner = scripted_engine(max_source_len=8)
     runner.is_aligning = False
-    outputs = drive(engine, [_aligning(0, zoo.prompt(10)), _plain(1, zoo.prompt(10))], stagger=1)
+    outputs = drive(engine, [_aligning(0, zoo.prompt(10)), _plain(1, zoo.prompt(10), source=SPEECH)], stagger=1)
     assert isinstance(outputs[0][-1].error, UnsupportedParameter)
     assert len(tokens(outputs[1])) == 4
 
