@@ -16,7 +16,7 @@ from engine.errors import ContextLengthExceeded, InvalidValue
 from engine.kv.encoder_decoder import EncoderDecoderKV
 from engine.model.loader import describe
 from engine.model.seq2seq import Seq2SeqRunner
-from engine.sequence import SamplingParams, Sequence, Source
+from engine.sequence import PromptProbe, SamplingParams, Sequence, Source, TimestampRules, TokenRules
 from tests import zoo_seq2seq as zoo
 from tests.engine.harness import drive, greedy, tokens
 from tests.zoo import prompt
@@ -95,6 +95,27 @@ def test_whisper_gives_generates_tokens_alone_and_among_others() -> None:
         engine = engine_of("whisper", max_batch_tokens=limit)
         outputs = drive(engine, [sequence(n, speech(n), ids) for n, ids in enumerate(prompts)], stagger=3)
         assert [tokens(outputs[n]) for n in range(len(prompts))] == expected
+
+
+def test_a_speech_model_tells_probes_and_follows_rules() -> None:
+    begun = prompt(20, seed=5)
+    text_id, first_id = 150, 160
+    rules = TokenRules((3, 4), (5,), timestamps=TimestampRules(first_id, text_id, first_id - 1, 8))
+    probe = PromptProbe(4, (7, 8))
+    params = SamplingParams(12, temperature=0.0, num_logprobs=0, token_rules=rules, probe=probe)
+    engine = engine_of("whisper", max_batch_tokens=8)
+    outputs = drive(engine, [sequence(n, speech(n), begun, params=params) for n in range(2)], stagger=1)
+    for seed in range(2):
+        made = tokens(outputs[seed])
+        with torch.no_grad():
+            features = torch.from_numpy(zoo.features(seed=seed))[None]
+            logits = model_of("whisper")(features, decoder_input_ids=torch.tensor([begun + made])).logits[0]
+        assert outputs[seed][0].probed == pytest.approx(logits[4].softmax(-1)[[7, 8]].tolist(), abs=1e-5)
+        assert first_id <= made[0] <= first_id + 8
+        assert len(made) == 12 and made[1] < first_id
+        assert not {3, 4, first_id - 1} & set(made)
+        stamps = [token for token in made if token >= first_id]
+        assert stamps == sorted(stamps)
 
 
 @pytest.mark.parametrize("name", ["t5", "bart", "t5gemma", "led"])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from engine.kv.manager import KVManager
 from engine.kv.pool import CopySlot, ResizeArena, Slot, SlotPool, size_classes
 from engine.kv.prefix import BLOCK_SIZE
-from engine.sequence import PromptProbe, SamplingParams, Sequence
+from engine.sequence import PromptProbe, SamplingParams, Sequence, Source
 
 
 def _sequence(number: int, prompt: list[int], max_tokens: int = 8, salt: bytes = b"") -> Sequence:
@@ -192,6 +192,25 @@ class _Shadow:
                 row = kept[index] if index < len(kept) else [-1] * op.capacity
                 self.rows[Slot(op.capacity, index)] = row
             self.sizes[op.capacity] = op.num_slots
+
+
+def test_another_source_finds_nothing_of_the_decoders() -> None:
+    manager = _manager()
+    prompt = list(range(3 * BLOCK_SIZE))
+    found: list[int] = []
+    for number, (salt, key) in enumerate([(b"", b"x"), (b"", b"y"), (b"", b"x"), (b"a", b"x")]):
+        # The first block is the prompt's beginning and what was generated.
+        reader = _sequence(number, prompt[:-1] if found else prompt[:9], salt=salt)
+        reader.source = Source(key, 4)
+        assert manager.admit(reader)
+        found.append(reader.num_cached_tokens)
+        _compute(manager, reader)
+        reader.output_token_ids = prompt[len(reader.prompt_token_ids) :]
+        assert manager.ensure(reader, 3 * BLOCK_SIZE)
+        _compute(manager, reader)
+        manager.free(reader, can_keep=True)
+        manager.check_integrity()
+    assert found == [0, 0, 2 * BLOCK_SIZE, 0]
 
 
 @settings(max_examples=150, deadline=None)
