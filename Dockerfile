@@ -41,6 +41,7 @@ WORKDIR /app
 # .dockerignore keeps what the server does not need out of these.
 COPY LICENSE *.py ./
 COPY api api/
+COPY audio audio/
 COPY demo demo/
 COPY engine engine/
 COPY runtime runtime/

@@ -1,69 +1,74 @@
-"""Serves a generation as one JSON body or as a stream, and gives up as soon as nobody is listening.
+"""Serves what a request makes, item by item, as one body or as a stream; gives up as soon as nobody is listening.
 
-Knows nothing of chat or text completions: an Answer says what theirs look like.
-Called by api/chat.py and api/completions.py.
+Knows nothing of completions or transcriptions: an Answer says what theirs look like.
+Called by api/chat.py, api/completions.py and api/audio.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Mapping
-from collections.abc import Sequence as Series
 from typing import Any, Protocol, TypeVar
 
-import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive
 
-from api.generation import Choice, ChoiceDelta, fold, run
 from api.sse import EventStream, Framer, close
-from model_manager import ModelManager
 
 T = TypeVar("T")
-# How long the status line waits for the first delta: refusals and early failures then have their own status, not 200.
+T_contra = TypeVar("T_contra", contravariant=True)
+# How long the status line waits for the first item: refusals and early failures then have their own status, not 200.
 STATUS_WAIT_S = 1.0
 
 
-class Answer(Framer, Protocol):
+class Answer(Framer[T_contra], Protocol[T_contra]):
     """How an endpoint's answer looks, whole or in frames."""
 
-    def whole(self, folded: list[ChoiceDelta]) -> dict[str, object]:
-        """The body of an answer that is not streamed."""
+    @property
+    def media_type(self) -> str:
+        """Of an answer that is not streamed."""
+
+    async def whole(self, items: AsyncGenerator[T_contra, None], /) -> bytes:
+        """The body of an answer that is not streamed, from all items; closes them."""
 
 
 async def respond(
     request: Request,
-    manager: ModelManager,
-    choices: Series[Choice],
-    answer: Answer,
+    items: AsyncGenerator[T, None],
+    answer: Answer[T],
     *,
     is_streamed: bool,
     headers: Mapping[str, str],
 ) -> Response:
-    """Runs the choices and answers.
+    """Runs what makes the items, and answers.
 
+    Args:
+        request: whose body has been read.
+        items: not begun; closing them frees everything.
+        answer: how they look.
+        is_streamed: whether each is sent as soon as it is there.
+        headers: more headers.
     Raises:
-        ServerError: the generation failed before anything was sent.
+        ServerError: it failed before anything was sent.
         ClientDisconnect: the client has gone; everything is freed.
     """
-    deltas = run(manager, choices)
     if not is_streamed:
-        folded = await _while_connected(request.receive, fold(deltas, len(choices)))
-        return Response(orjson.dumps(answer.whole(folded)), headers=dict(headers), media_type="application/json")
-    first = asyncio.create_task(_next(deltas))
+        body = await _while_connected(request.receive, answer.whole(items))
+        return Response(body, headers=dict(headers), media_type=answer.media_type)
+    first = asyncio.create_task(_next(items))
     try:
         await _while_connected(request.receive, asyncio.wait((first,), timeout=STATUS_WAIT_S))
         if first.done():
             first.result()
     except BaseException:
-        await close(first, deltas)
+        await close(first, items)
         raise
-    return EventStream(first, deltas, answer, headers)
+    return EventStream(first, items, answer, headers)
 
 
-async def _next(deltas: AsyncGenerator[ChoiceDelta, None]) -> ChoiceDelta:
-    return await anext(deltas)
+async def _next(items: AsyncGenerator[T, None]) -> T:
+    return await anext(items)
 
 
 async def _while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

@@ -12,8 +12,7 @@ from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
-from api.deps import GENERIC_MODEL, Parts, UsesParts
-from api.errors import ModelNotFound, shown
+from api.deps import Parts, UsesParts, check_model
 
 VERSION = "0.1.0"
 # Open to everyone: orchestrators have no keys, and these say nothing about requests.
@@ -30,7 +29,8 @@ async def health(parts: UsesParts) -> Response:
     body: dict[str, Any] = {"status": status, "num_requests": manager.num_admitted}
     if not is_dead and manager.state != "loading":
         info = manager.info
-        body |= {"model": info.name, "lane": info.lane, "lane_reason": info.lane_reason, "device": info.device}
+        body |= {"model": info.name, "family": info.family, "device": info.device}
+        body |= {"lane": info.lane, "lane_reason": info.lane_reason}
     return JSONResponse(body, 503 if status in ("dead", "stalled") else 200)
 
 
@@ -64,9 +64,7 @@ async def list_models(parts: UsesParts) -> Response:
 @router.get("/models/{name:path}")
 async def retrieve_model(name: str, parts: UsesParts) -> Response:
     """The one model, by its name, which may contain slashes."""
-    served = parts.settings.model_name
-    if name not in (served, GENERIC_MODEL):
-        raise ModelNotFound(f"model is {shown(name)}: this server has {shown(served)}", param="model")
+    check_model(name, parts.settings)
     return JSONResponse(_entry(parts))
 
 
@@ -79,13 +77,14 @@ async def metrics(parts: UsesParts) -> Response:
 def _entry(parts: Parts) -> dict[str, Any]:
     """A model as OpenAI lists it, and what it takes to use this one well; raises NotServing before it is loaded."""
     info = parts.manager.info
-    return {
+    entry = {
         "id": parts.settings.model_name,
         "object": "model",
         "created": parts.created,
         "owned_by": "transformers",
         "max_model_len": info.max_model_len,
         "architecture": info.architecture,
+        "family": info.family,
         "dtype": info.dtype,
         "device": info.device,
         "lane": info.lane,
@@ -93,3 +92,4 @@ def _entry(parts: Parts) -> dict[str, Any]:
         "num_parameters": info.num_parameters,
         "generation_defaults": dict(info.generation_defaults),
     }
+    return entry | {"languages": list(info.languages)} if info.family == "speech" else entry

@@ -6,14 +6,17 @@ Mounted by app.py.
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+
+import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from api.answers import respond
-from api.deps import CacheSalt, ChatBody, Parts, Place, UsesParts
+from api.deps import CacheSalt, ChatBody, Parts, Place, UsesParts, check_reads_text
 from api.envelope import Envelope
 from api.fields import ignored_header, ignored_parameters
-from api.generation import Choice, ChoiceDelta, usage
+from api.generation import Choice, ChoiceDelta, fold, run, usage
 from api.logprobs import chat_logprobs
 from api.params import SamplingPlan, chat_plan
 from api.prepare import log_parameters, make_choices
@@ -30,13 +33,13 @@ async def create_chat_completion(
     """Continues a conversation, as one body or as a stream."""
     log_parameters(request, body)
     ignored = ignored_parameters(body, is_strict=parts.settings.strict_parameters)
+    check_reads_text(parts.manager.info)
     plan = chat_plan(body, parts.manager.info.vocab_size)
     ids = await chat_ids(parts.manager, body, plan.truncate)
     choices = make_choices(request, parts, plan, [ids], cache_salt=salt, param="messages")
     return await respond(
         request,
-        parts.manager,
-        choices,
+        run(parts.manager, choices),
         ChatAnswer(body, plan, parts, choices),
         is_streamed=bool(body.stream),
         headers=ignored_header(ignored),
@@ -45,6 +48,8 @@ async def create_chat_completion(
 
 class ChatAnswer:
     """How the answer to one chat request looks."""
+
+    media_type = "application/json"
 
     def __init__(self, body: ChatCompletionRequest, plan: SamplingPlan, parts: Parts, choices: list[Choice]) -> None:
         self._choices = choices
@@ -89,12 +94,13 @@ class ChatAnswer:
         """The usage, where it was asked for."""
         return self._envelope.usage_chunk(self._usage())
 
-    def whole(self, folded: list[ChoiceDelta]) -> dict[str, object]:
+    async def whole(self, deltas: AsyncGenerator[ChoiceDelta, None]) -> bytes:
         """The body of an answer that is not streamed."""
+        folded = await fold(deltas, len(self._choices))
         answer = self._envelope.whole([self._choice(delta) for delta in folded], self._usage())
         if self._metadata is not None:
             answer["metadata"] = self._metadata
-        return answer
+        return orjson.dumps(answer)
 
     def _choice(self, delta: ChoiceDelta) -> dict[str, object]:
         choice: dict[str, object] = {

@@ -6,16 +6,18 @@ Mounted by app.py.
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from typing import cast
 
+import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from api.answers import respond
-from api.deps import CacheSalt, CompletionBody, Parts, Place, UsesParts
+from api.deps import CacheSalt, CompletionBody, Parts, Place, UsesParts, check_reads_text
 from api.envelope import Envelope
 from api.fields import ignored_header, ignored_parameters
-from api.generation import Choice, ChoiceDelta, usage
+from api.generation import Choice, ChoiceDelta, fold, run, usage
 from api.logprobs import CompletionLogprobs
 from api.params import SamplingPlan, completion_plan
 from api.prepare import check_num_sequences, log_parameters, make_choices
@@ -35,6 +37,7 @@ async def create_completion(
     log_parameters(request, body)
     ignored = ignored_parameters(body, is_strict=parts.settings.strict_parameters)
     manager = parts.manager
+    check_reads_text(manager.info)
     plan = completion_plan(body, manager.info.vocab_size)
     prompts = _prompts(body)
     check_num_sequences(len(prompts), plan.num_choices)
@@ -47,8 +50,7 @@ async def create_completion(
     )
     return await respond(
         request,
-        manager,
-        choices,
+        run(manager, choices),
         CompletionAnswer(body, plan, parts, choices, echoes),
         is_streamed=bool(body.stream),
         headers=ignored_header(ignored),
@@ -82,6 +84,8 @@ class CompletionAnswer:
         choices: all of them, prompt after prompt.
         echoes: the text that goes before each prompt's completions; empty without echo.
     """
+
+    media_type = "application/json"
 
     def __init__(
         self, body: CompletionRequest, plan: SamplingPlan, parts: Parts, choices: list[Choice], echoes: list[str]
@@ -119,15 +123,16 @@ class CompletionAnswer:
         """The usage, where it was asked for."""
         return self._envelope.usage_chunk(self._usage())
 
-    def whole(self, folded: list[ChoiceDelta]) -> dict[str, object]:
+    async def whole(self, deltas: AsyncGenerator[ChoiceDelta, None]) -> bytes:
         """The body of an answer that is not streamed."""
+        folded = await fold(deltas, len(self._choices))
         choices = []
         for delta in folded:
             choice = self._choice(delta, has_echo=bool(self._echoes), finish_reason=delta.finish_reason)
             if self._has_token_ids:
                 choice["prompt_token_ids"] = self._choices[delta.index].request.prompt_token_ids
             choices.append(choice)
-        return self._envelope.whole(choices, self._usage())
+        return orjson.dumps(self._envelope.whole(choices, self._usage()))
 
     def _choice(self, delta: ChoiceDelta, *, has_echo: bool, finish_reason: str | None) -> dict[str, object]:
         text = delta.text

@@ -16,10 +16,10 @@ from typing import Annotated, TypeVar
 from fastapi import Depends, Request
 from pydantic import ValidationError
 
-from api.errors import InvalidKey, ModelNotFound, NotJson, from_validation, shown
+from api.errors import InvalidKey, ModelNotFound, WrongFamily, WrongMediaType, from_validation, shown
 from api.metrics import Metrics
 from config import Settings
-from model_manager import ModelManager
+from model_manager import ModelInfo, ModelManager
 from models import ChatCompletionRequest, CompletionRequest, GenerationFields
 from text.token_bytes import TokenBytes, token_bytes_of
 
@@ -104,15 +104,32 @@ async def _read_body(request: Request, model: type[RequestModel]) -> RequestMode
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
-        raise NotJson(f"Content-Type is {shown(content_type)}: it must be application/json")
+        raise WrongMediaType(f"Content-Type is {shown(content_type)}: it must be application/json")
     try:
         body = model.model_validate_json(await request.body())
     except ValidationError as error:
         raise from_validation(error) from None
-    served = get_parts(request).settings.model_name
-    if body.model not in (served, GENERIC_MODEL):
-        raise ModelNotFound(f"model is {shown(body.model)}: this server has {shown(served)}", param="model")
+    check_model(body.model, get_parts(request).settings)
     return body
+
+
+def check_model(name: str, settings: Settings) -> None:
+    """Raises ModelNotFound unless the name is that of the one model."""
+    served = settings.model_name
+    if name not in (served, GENERIC_MODEL):
+        raise ModelNotFound(f"model is {shown(name)}: this server has {shown(served)}", param="model")
+
+
+def check_reads_text(info: ModelInfo) -> None:
+    """Raises WrongFamily for a speech model."""
+    if info.family == "speech":
+        raise WrongFamily(f"{info.name} transcribes speech: ask it at /v1/audio/transcriptions", param="model")
+
+
+def check_transcribes(info: ModelInfo) -> None:
+    """Raises WrongFamily for any other than a speech model."""
+    if info.family != "speech":
+        raise WrongFamily(f"{info.name} is no speech model: it cannot transcribe or translate audio", param="model")
 
 
 async def _read_chat(request: Request) -> ChatCompletionRequest:

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from audio.errors import AudioError, AudioTooLong
 from engine.errors import (
     CallerError,
     ContextLengthExceeded,
@@ -33,6 +34,8 @@ from text.errors import PromptError, PromptTooLong
 
 # What 503 says when nobody knows how long it will last.
 RETRY_AFTER_S = 5.0
+# The field of a form that brings the audio.
+AUDIO_FIELD = "file"
 # Longest stretch of a caller's own value that a message repeats.
 MAX_SHOWN = 80
 
@@ -46,11 +49,15 @@ class ModelNotFound(CallerError):
 
 
 class BodyTooLarge(CallerError):
-    """The body exceeds --max-body-size."""
+    """The body exceeds --max-body-size, or an upload --max-audio-size."""
 
 
-class NotJson(CallerError):
-    """The Content-Type is not JSON: browsers send such bodies anywhere without asking."""
+class WrongMediaType(CallerError):
+    """The Content-Type is not the endpoint's: browsers send bodies that are not JSON anywhere without asking."""
+
+
+class WrongFamily(CallerError):
+    """The endpoint is not for models of this family: it transcribes, or the model does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +75,16 @@ class _Kind:
 _KINDS = (
     _Kind(InvalidKey, 401, "invalid_request_error", "invalid_api_key"),
     _Kind(ModelNotFound, 404, "invalid_request_error", "model_not_found"),
+    _Kind(WrongFamily, 404, "invalid_request_error", "unsupported_model"),
     _Kind(BodyTooLarge, 413, "invalid_request_error", "request_too_large"),
-    _Kind(NotJson, 415, "invalid_request_error", "unsupported_media_type"),
+    _Kind(WrongMediaType, 415, "invalid_request_error", "unsupported_media_type"),
     _Kind(ContextLengthExceeded, 400, "invalid_request_error", "context_length_exceeded"),
     _Kind(UnsupportedParameter, 400, "invalid_request_error", "unsupported_parameter"),
     _Kind(CallerError, 400, "invalid_request_error", "invalid_request_error"),
     _Kind(PromptTooLong, 400, "invalid_request_error", "context_length_exceeded"),
     _Kind(PromptError, 400, "invalid_request_error", "invalid_request_error"),
+    _Kind(AudioTooLong, 413, "invalid_request_error", "audio_too_long"),
+    _Kind(AudioError, 400, "invalid_request_error", "invalid_request_error"),
     _Kind(QueueFull, 429, "rate_limit_error", "rate_limit_exceeded", should_retry=True),
     _Kind(QueueTimeout, 503, "server_error", "overloaded", should_retry=True),
     # It would run into the same limit again.
@@ -105,6 +115,11 @@ class WireError:
         return Response(self.json, self.status, dict(self.headers), media_type="application/json")
 
 
+def is_expected(error: Exception) -> bool:
+    """Whether it was raised on purpose, with a message for the caller; anything else is for the log."""
+    return isinstance(error, ServerError | PromptError | AudioError)
+
+
 def wire_error(error: Exception) -> WireError:
     """How an error looks on the wire; exceptions nobody meant show none of their insides."""
     if isinstance(error, HTTPException):
@@ -112,9 +127,11 @@ def wire_error(error: Exception) -> WireError:
     if isinstance(error, RequestValidationError):
         return wire_error(_first_mistake(error.errors()))
     kind = next(kind for kind in _KINDS if isinstance(error, kind.error))
-    is_known = isinstance(error, ServerError | PromptError)
+    is_known = is_expected(error)
     message = str(error) if is_known else "the server failed to handle this request; its log says why"
     param = getattr(error, "param", None) if is_known else None
+    if isinstance(error, AudioError):
+        param = AUDIO_FIELD
     headers = {"x-should-retry": "true" if kind.should_retry else "false"}
     if kind.status == 401:
         headers["www-authenticate"] = "Bearer"

@@ -1,7 +1,7 @@
 """Runs the sequences of one request and turns what the engine makes of them into text, choice by choice.
 
 Knows nothing of HTTP, of chat or text completions, or of how either is framed.
-Called by api/answers.py; the choices are made by api/chat.py and api/completions.py.
+Called by api/chat.py and api/completions.py.
 """
 
 from __future__ import annotations

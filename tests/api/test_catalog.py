@@ -25,6 +25,8 @@ def test_models_are_listed_and_found_by_names_with_slashes(harness: MakeHarness)
             assert entry["id"] == "org/tiny" and entry["object"] == "model" and isinstance(entry["created"], int)
             assert entry["owned_by"] and entry["max_model_len"] == 512 and entry["lane"] == "solo"
             assert entry["generation_defaults"] == {"temperature": 0.6}
+            assert entry["family"] == "decoder" and "languages" not in entry
+            assert (await h.client.get("/health")).json()["family"] == "decoder"
             for name in ("org/tiny", "org%2Ftiny", "model"):
                 assert (await h.client.get(f"/models/{name}")).json() == entry
 

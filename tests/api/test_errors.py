@@ -8,7 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from api.errors import InvalidKey, wire_error
+from api.errors import InvalidKey, WrongFamily, wire_error
+from audio.errors import AudioError, AudioTooLong
 from engine import errors
 from tests.api.conftest import MakeHarness, run_async
 from tests.api.test_chat import HELLO, post
@@ -35,6 +36,9 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         (PromptError("x", "messages"), 400, "invalid_request_error", False),
         (PromptTooLong("x", "messages", min_num_tokens=9), 400, "context_length_exceeded", False),
         (InvalidKey("x"), 401, "invalid_api_key", False),
+        (WrongFamily("x", param="model"), 404, "unsupported_model", False),
+        (AudioError("x"), 400, "invalid_request_error", False),
+        (AudioTooLong("x"), 413, "audio_too_long", False),
         (errors.QueueFull("x", retry_after_s=2.5), 429, "rate_limit_exceeded", True),
         (errors.QueueTimeout("x"), 503, "overloaded", True),
         (errors.RequestTimeout("x"), 503, "request_timeout", False),
