@@ -19,11 +19,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from api import catalog, chat, completions
+from api import audio, catalog, chat, completions
 from api.deps import Parts, check_key
 from api.errors import wire_error
 from api.middleware import BodyLimit, RequestContext
 from api.sse import leave_streams_to_the_drain
+from audio.errors import AudioError
 from config import Settings
 from engine.errors import ServerError
 from model_manager import ModelManager
@@ -60,7 +61,7 @@ def create_app(settings: Settings, manager: ModelManager | None = None) -> FastA
         openapi_url=None,
         redirect_slashes=False,
     )
-    routers = (catalog.router, chat.router, completions.router)
+    routers = (catalog.router, chat.router, completions.router, audio.router)
     routes = [route for router in (catalog.open_router, *routers) for route in router.routes]
     paths = [PREFIXES[0] + route.path for route in routes if isinstance(route, APIRoute) and route.path != "/"]
     app.state.parts = Parts(settings, manager, paths)
@@ -83,7 +84,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 def _middleware(settings: Settings) -> list[Middleware]:
     """From the outside in."""
-    middleware = [Middleware(RequestContext), Middleware(BodyLimit, max_bytes=settings.max_body_size)]
+    limit = Middleware(BodyLimit, max_bytes=settings.max_body_size, max_upload_bytes=settings.max_audio_size)
+    middleware = [Middleware(RequestContext), limit]
     if settings.allowed_origins:
         # Outermost, so that browsers may read errors too. Any header: clients send x-stainless-*, idempotency-key, ...
         cors = Middleware(
@@ -101,6 +103,7 @@ def _exception_handlers() -> dict[int | type[Exception], Callable[[Request, Any]
     return {
         ServerError: _answer_error,
         PromptError: _answer_error,
+        AudioError: _answer_error,
         HTTPException: _answer_error,
         RequestValidationError: _answer_error,
         ClientDisconnect: _answer_nobody,

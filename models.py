@@ -6,9 +6,19 @@ Read by api/; a leaf.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, FailFast, Field, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    FailFast,
+    Field,
+    Tag,
+    model_validator,
+)
 from typing_extensions import TypeAliasType
 
 T = TypeVar("T")
@@ -141,3 +151,67 @@ class CompletionRequest(GenerationFields):
     prompt: Prompt
     echo: bool | None = None
     logprobs: int | None = None
+
+
+class FormModel(BaseModel):
+    """Fields of a form: all come as text, numbers and booleans are read from it, and an empty one is one not given."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_empty(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value != "" or name not in cls.model_fields}
+
+
+class ChunkingStrategy(FormModel):
+    """How long audio is cut; `sequential` is ours."""
+
+    type: Literal["auto", "server_vad", "sequential"]
+    threshold: float | None = None
+    prefix_padding_ms: int | None = None
+    silence_duration_ms: int | None = None
+
+    @model_validator(mode="after")
+    def _check_type(self) -> Self:
+        for name in ("threshold", "prefix_padding_ms", "silence_duration_ms"):
+            if self.type != "server_vad" and getattr(self, name) is not None:
+                raise ValueError(f"{name} needs type server_vad, not {self.type}")
+        return self
+
+
+def _to_chunking(value: object) -> object:
+    """`auto`, or the JSON text of an object; forms can also hold the object field by field."""
+    if not isinstance(value, str):
+        return value
+    if value == "auto":
+        return {"type": "auto"}
+    try:
+        strategy = json.loads(value)
+    except (ValueError, RecursionError):
+        strategy = None
+    if not isinstance(strategy, dict):
+        raise ValueError('should be auto or a JSON object such as {"type": "server_vad"}')
+    return strategy
+
+
+def _to_list(value: object) -> object:
+    """A name without brackets brings one value."""
+    return [value] if isinstance(value, str) else value
+
+
+class TranscriptionBody(FormModel):
+    """POST /audio/transcriptions and /audio/translations, but for the file."""
+
+    model: str = "model"
+    language: str | None = None
+    prompt: str | None = None
+    response_format: Literal["json", "text", "srt", "verbose_json", "vtt", "diarized_json"] = "json"
+    temperature: float | None = None
+    timestamp_granularities: Annotated[Items[Literal["word", "segment"]], BeforeValidator(_to_list)] | None = None
+    stream: bool | None = None
+    chunking_strategy: Annotated[ChunkingStrategy, BeforeValidator(_to_chunking)] | None = None
+    seed: int | None = None
+    priority: int | None = None

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from typing import TypeVar
 
+from pydantic import BaseModel
+
 from api.errors import shown
 from engine.errors import InvalidValue
-from models import GenerationFields
 
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_STRINGS = 4
@@ -26,21 +27,23 @@ def either(value: T | None, default: T) -> T:
     return default if value is None else value
 
 
-def integer(body: GenerationFields, name: str, least: int, most: int | None = None) -> int | None:
-    """An integer field in [least, most], or None when it is not given."""
+def integer(body: BaseModel, name: str, least: int, most: int | None = None, *, within: str = "") -> int | None:
+    """An integer field in [least, most], or None when it is not given; `within` is the field that holds the body."""
     value: int | None = getattr(body, name)
     if value is not None and (value < least or (most is not None and value > most)):
         rule = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise InvalidValue(f"{name} is {shown(value)}: it must be {rule}", param=name)
+        path = f"{within}.{name}" if within else name
+        raise InvalidValue(f"{path} is {shown(value)}: it must be {rule}", param=path)
     return value
 
 
-def number(body: GenerationFields, name: str, least: float, most: float) -> float | None:
-    """A finite number field in [least, most], or None when it is not given."""
+def number(body: BaseModel, name: str, least: float, most: float, *, within: str = "") -> float | None:
+    """A finite number field in [least, most], or None when it is not given; `within` as for integer."""
     value: float | None = getattr(body, name)
     # Written so that NaN, which compares false with everything, is refused too.
     if value is not None and not least <= value <= most:
-        raise InvalidValue(f"{name} is {value}: it must be from {least:g} to {most:g}", param=name)
+        path = f"{within}.{name}" if within else name
+        raise InvalidValue(f"{path} is {value}: it must be from {least:g} to {most:g}", param=path)
     return value
 
 

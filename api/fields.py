@@ -6,15 +6,30 @@ Called by the routes before anything else is done with a request.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 from urllib.parse import quote
 
 from api.errors import shown
 from engine.errors import CallerError, InvalidValue, UnsupportedParameter
-from models import GenerationFields
+from models import GenerationFields, TranscriptionBody
 
-# What a client may send for each of these without asking for anything; any other value would change the answer.
-_REFUSED: dict[str, tuple[object, ...]] = {
+
+@dataclass(frozen=True, slots=True)
+class _NotHonoured:
+    """Fields that OpenAI's clients know and one kind of endpoint does not honour.
+
+    Args:
+        refused: by name, what a client may send without asking for anything; any other value would change the answer.
+        inert: those without any effect on what this server answers; `False` asks for what happens anyway.
+    """
+
+    refused: Mapping[str, tuple[object, ...]]
+    inert: frozenset[str] = frozenset()
+
+
+_REFUSED_IN_GENERATION: dict[str, tuple[object, ...]] = {
     "audio": ({},),
     "best_of": (1,),
     "function_call": ("none",),
@@ -33,8 +48,7 @@ _REFUSED: dict[str, tuple[object, ...]] = {
     "tools": ([],),
     "web_search_options": (),
 }
-# Known to OpenAI's clients and without any effect on what this server answers; `False` asks for what happens anyway.
-_INERT = frozenset(
+_INERT_IN_GENERATION = frozenset(
     {
         "parallel_tool_calls",
         "prompt_cache_key",
@@ -42,6 +56,10 @@ _INERT = frozenset(
         "prompt_cache_retention",
         "store",
     }
+)
+_GENERATION = _NotHonoured(_REFUSED_IN_GENERATION, _INERT_IN_GENERATION)
+_TRANSCRIPTION = _NotHonoured(
+    dict.fromkeys(("include", "keywords", "known_speaker_names", "known_speaker_references", "languages"), ("", [""]))
 )
 # A header line of more than 8 kB is refused by many proxies.
 _MAX_NAMED = 50
@@ -58,22 +76,31 @@ def ignored_parameters(body: GenerationFields, *, is_strict: bool) -> tuple[str,
         UnsupportedParameter: a field asks for something that this server does not do yet.
         InvalidValue: a field nobody knows, when strict.
     """
-    ignored = []
-    for name, value in (body.model_extra or {}).items():
-        if name in _REFUSED:
-            _check_neutral(name, value)
-        elif name in _INERT:
-            if value not in (None, False):
-                ignored.append(name)
-        else:
-            _check_known(name, is_strict)
-            ignored.append(name)
-    ignored += _ignored_stream_options(body, is_strict)
+    return (*_ignored(body.model_extra, _GENERATION, is_strict), *_ignored_stream_options(body, is_strict))
+
+
+def ignored_form_fields(body: TranscriptionBody, *, is_strict: bool) -> tuple[str, ...]:
+    """The names of a form's fields that will have no effect; arguments and exceptions as for ignored_parameters."""
+    ignored = [*_ignored(body.model_extra, _TRANSCRIPTION, is_strict)]
+    if body.chunking_strategy is not None:
+        ignored += _unknown("chunking_strategy", body.chunking_strategy.model_extra, is_strict)
     return tuple(ignored)
 
 
-def _check_neutral(name: str, value: object) -> None:
-    is_neutral = value is None or any(value == neutral and type(value) is type(neutral) for neutral in _REFUSED[name])
+def _ignored(extra: Mapping[str, Any] | None, known: _NotHonoured, is_strict: bool) -> Iterator[str]:
+    for name, value in (extra or {}).items():
+        if name in known.refused:
+            _check_neutral(name, value, known.refused[name])
+        elif name in known.inert:
+            if value not in (None, False):
+                yield name
+        else:
+            _check_known(name, is_strict)
+            yield name
+
+
+def _check_neutral(name: str, value: object, neutrals: tuple[object, ...]) -> None:
+    is_neutral = value is None or any(value == neutral and type(value) is type(neutral) for neutral in neutrals)
     if not is_neutral:
         raise UnsupportedParameter(f"{name} is {shown(value)}: this server does not support {name}", param=name)
 
@@ -94,9 +121,14 @@ def _ignored_stream_options(body: GenerationFields, is_strict: bool) -> Iterator
         raise CallerError("stream_options is given without stream: it needs stream true", param="stream_options")
     if options.include_obfuscation:
         yield "stream_options.include_obfuscation"
-    for name in options.model_extra or {}:
-        _check_known(f"stream_options.{name}", is_strict)
-        yield f"stream_options.{name}"
+    yield from _unknown("stream_options", options.model_extra, is_strict)
+
+
+def _unknown(field: str, extra: Mapping[str, Any] | None, is_strict: bool) -> Iterator[str]:
+    """Names within an object that nobody knows."""
+    for name in extra or {}:
+        _check_known(f"{field}.{name}", is_strict)
+        yield f"{field}.{name}"
 
 
 def ignored_header(ignored: tuple[str, ...]) -> dict[str, str]:

@@ -1,11 +1,12 @@
 """What Prometheus reads at /metrics: the engine's own counters, and what was observed of each choice.
 
 Knows nothing of requests' content; one registry an app, so that two apps in a process do not add up.
-Made by app.py, told by api/generation.py, read by api/catalog.py.
+Made by app.py, told by api/generation.py and api/audio.py, read by api/catalog.py.
 """
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import accumulate
@@ -18,6 +19,7 @@ from prometheus_client.registry import Collector
 
 from engine.sequence import SequenceOutput
 from model_manager import GenerationRequest, ModelManager
+from runtime.transcription import Finished, Recording, Segment, TranscriptionEvent
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -29,7 +31,7 @@ _REQUEST_BUCKETS = (*_STEP_BUCKETS, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 
 
 class Metrics:
-    """Everything counted; times are seconds, and every observation is of one choice (a sequence of the engine).
+    """Everything counted; times are seconds, and every observation is of one choice (a sequence), or one recording.
 
     Only the event loop writes here.
     """
@@ -37,6 +39,9 @@ class Metrics:
     def __init__(self, manager: ModelManager) -> None:
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
+        self.num_audio_seconds = 0.0
+        self.num_audio_fallbacks = 0
+        self.num_audio_windows = 0  # of recordings that are being transcribed
         self.num_finished = {"stop": 0, "length": 0}
         self._first_token = _Histogram("time_to_first_token_seconds", "From arrival to the first token")
         self._inter_token = _Histogram("inter_token_latency_seconds", "Between two tokens", _STEP_BUCKETS)
@@ -76,9 +81,53 @@ class Metrics:
             self._queued.observe(max(0.0, scheduled_s - arrival_s))
             self._prefill.observe(max(0.0, first_s - scheduled_s))
 
+    def on_transcribed(self, end: Finished, elapsed_s: float) -> None:
+        """A recording has been transcribed to its end, `elapsed_s` after it had arrived."""
+        self.num_audio_fallbacks += end.num_fallbacks
+        self.num_generated_tokens += end.num_tokens
+        self.num_finished["stop"] += 1
+        self._total.observe(elapsed_s)
+
     def text(self) -> bytes:
         """The exposition format."""
         return generate_latest(self._registry)
+
+
+class RecordingTally:
+    """Counts one recording while it is transcribed: an hour of audio must not turn up as one jump at its end.
+
+    Args:
+        metrics: of the app.
+        arrival_s: time.monotonic() of its arrival.
+    """
+
+    def __init__(self, metrics: Metrics, arrival_s: float) -> None:
+        self._metrics = metrics
+        self._arrival_s = arrival_s
+        self._heard_s = 0.0
+        self.recording = Recording(0.0, None, 0)
+        self.elapsed_s = 0.0
+
+    def take(self, event: TranscriptionEvent) -> None:
+        """The next event."""
+        self.elapsed_s = time.monotonic() - self._arrival_s
+        if isinstance(event, Recording):
+            self.recording = event
+            self._metrics.num_audio_windows += event.num_windows
+        elif isinstance(event, Segment):
+            self._hear(event.end_s)
+        else:
+            self._hear(self.recording.duration_s)
+            self._metrics.on_transcribed(event, self.elapsed_s)
+
+    def _hear(self, until_s: float) -> None:
+        until_s = min(until_s, self.recording.duration_s)
+        self._metrics.num_audio_seconds += max(0.0, until_s - self._heard_s)
+        self._heard_s = max(self._heard_s, until_s)
+
+    def close(self) -> None:
+        """It is over, finished or not."""
+        self._metrics.num_audio_windows -= self.recording.num_windows
 
 
 class _Histogram(Collector):
@@ -118,6 +167,7 @@ class _EngineCollector(Collector):
             ("num_requests_running", "Sequences in the engine's steps", stats.num_running),
             ("num_requests_waiting", "Sequences waiting for their first step", stats.num_waiting),
             ("kv_cache_usage_ratio", "Share of the KV budget that is allocated", stats.kv_cache_usage_ratio),
+            ("num_audio_windows", "Windows of the recordings that are being transcribed", metrics.num_audio_windows),
         ):
             yield GaugeMetricFamily(PREFIX + name, meaning, value)
         for name, meaning, value in (
@@ -126,10 +176,12 @@ class _EngineCollector(Collector):
             ("num_preemptions", "Sequences put back to wait because memory was full", stats.preemptions_total),
             ("prompt_tokens", "Prompt tokens of sequences that were begun", metrics.num_prompt_tokens),
             ("generation_tokens", "Generated tokens", metrics.num_generated_tokens),
+            ("audio_seconds", "Seconds of audio that were transcribed", metrics.num_audio_seconds),
+            ("audio_fallbacks", "Windows tried again at a higher temperature", metrics.num_audio_fallbacks),
         ):
             yield CounterMetricFamily(PREFIX + name, meaning, value)
         finished = CounterMetricFamily(
-            PREFIX + "request_success", "Choices that ended well", labels=["finished_reason"]
+            PREFIX + "request_success", "Choices and recordings that ended well", labels=["finished_reason"]
         )
         for reason, count in metrics.num_finished.items():
             finished.add_metric([reason], count)

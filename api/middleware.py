@@ -14,10 +14,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import BodyTooLarge, wire_error
+from api.multipart import MAX_FIELD_BYTES, MEDIA_TYPE
 
 logger = logging.getLogger(__name__)
 
 MAX_REQUEST_ID = 128
+# int() refuses thousands of digits with an exception of its own.
+_MAX_DIGITS = 18
 
 
 class RequestContext:
@@ -63,26 +66,44 @@ def _request_id(given: str | None) -> str:
 
 
 class BodyLimit:
-    """Ends a request whose body grows beyond the limit, counted while reading: Content-Length may lie or be absent."""
+    """Ends a request whose body is beyond the limit: as Content-Length says, and counted, as that may lie or be absent.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    Args:
+        max_bytes: of a body (--max-body-size).
+        max_upload_bytes: of a form (--max-audio-size); only the routes that take uploads read forms.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, max_upload_bytes: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._max_form_bytes = max_upload_bytes + MAX_FIELD_BYTES
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        headers = Headers(scope=scope)
+        limit, option = self._max_bytes, "--max-body-size"
+        if headers.get("content-type", "").lower().startswith(MEDIA_TYPE):
+            limit, option = self._max_form_bytes, f"--max-audio-size, and {MAX_FIELD_BYTES} for other fields"
+        announced = headers.get("content-length", "")
+        is_announced = announced.isdecimal() and (len(announced) > _MAX_DIGITS or int(announced) > limit)
         num_bytes = 0
 
         async def receive_within_limit() -> Message:
             nonlocal num_bytes
+            if is_announced:  # before anything is read: a client that waits for 100 Continue then sends nothing
+                raise _too_large(limit, option)
             message = await receive()
             if message["type"] == "http.request":
                 num_bytes += len(message.get("body", b""))
-                if num_bytes > self._max_bytes:
-                    raise BodyTooLarge(f"the body has more than {self._max_bytes} bytes (--max-body-size)")
+                if num_bytes > limit:
+                    raise _too_large(limit, option)
             return message
 
         await self._app(scope, receive_within_limit, send)
+
+
+def _too_large(limit: int, option: str) -> BodyTooLarge:
+    return BodyTooLarge(f"the body has more than {limit} bytes ({option})")

@@ -11,13 +11,13 @@ import logging
 from collections.abc import Sequence as Series
 
 from fastapi import Request
+from pydantic import BaseModel
 
 from api.deps import Parts
 from api.generation import Choice
 from api.params import SamplingPlan
 from engine.errors import InvalidValue
 from model_manager import GenerationRequest
-from models import GenerationFields
 from text.output import TextOutput
 
 logger = logging.getLogger(__name__)
@@ -70,8 +70,8 @@ def check_num_sequences(num_prompts: int, num_choices: int) -> None:
         )
 
 
-def log_parameters(request: Request, body: GenerationFields) -> None:
-    """What was asked, at DEBUG, without the prompt."""
+def log_parameters(request: Request, body: BaseModel) -> None:
+    """What was asked, at DEBUG, without what is to be read or heard."""
     if logger.isEnabledFor(logging.DEBUG):
         fields = body.model_dump(exclude={"messages", "prompt"}, exclude_none=True)
         logger.debug("request %s: %s %s", request.state.request_id, request.url.path, fields)

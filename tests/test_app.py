@@ -31,7 +31,7 @@ def test_every_route_but_health_and_ready_asks_for_a_key(harness: MakeHarness) -
     async def scenario() -> None:
         async with harness(api_key=("secret",)) as h:
             routes = list(iter_route_contexts(h.app.routes))
-            assert len(routes) == 16
+            assert len(routes) == 20
             for route in routes:
                 is_guarded = any(check_key is needed.call for needed in route.dependant.dependencies)
                 assert is_guarded == (route.path not in OPEN_PATHS), route.path

@@ -63,15 +63,24 @@ def harness(engine: ScriptedEngine, tokenizer: PreTrainedTokenizerFast) -> MakeH
     async def make(*, is_loaded: bool = True, **options: Any) -> AsyncIterator[Harness]:
         settings = Settings(hf_model="org/tiny", **options)
         manager = ModelManager(settings, stack(engine, tokenizer))
-        app = create_app(settings, manager)
-        async with app.router.lifespan_context(app):
-            if is_loaded:
-                await manager.wait_until_loaded()
-            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-                yield Harness(engine, manager, settings, app, client)
+        async with opened(settings, manager, is_loaded=is_loaded) as (app, client):
+            yield Harness(engine, manager, settings, app, client)
 
     return make
+
+
+@contextlib.asynccontextmanager
+async def opened(
+    settings: Settings, manager: ModelManager, *, is_loaded: bool = True
+) -> AsyncIterator[tuple[Any, httpx.AsyncClient]]:
+    """An app around a manager, and a client that calls it without sockets."""
+    app = create_app(settings, manager)
+    async with app.router.lifespan_context(app):
+        if is_loaded:
+            await manager.wait_until_loaded()
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            yield app, client
 
 
 def run_async(coroutine: Any) -> Any:
@@ -99,6 +108,13 @@ def live(engine: ScriptedEngine, tokenizer: PreTrainedTokenizerFast) -> Iterator
 def _serve(engine: ScriptedEngine, tokenizer: PreTrainedTokenizerFast, options: dict[str, Any]) -> Iterator[LiveServer]:
     settings = Settings(hf_model="org/tiny", shutdown_timeout=1, **options)
     manager = ModelManager(settings, stack(engine, tokenizer))
+    with serving(settings, manager) as url:
+        yield LiveServer(url, manager, engine)
+
+
+@contextlib.contextmanager
+def serving(settings: Settings, manager: ModelManager) -> Iterator[str]:
+    """A real server around a manager, in a thread; its address."""
     config = uvicorn.Config(create_app(settings, manager), log_config=None, lifespan="on", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     with socket.socket() as listening:
@@ -109,7 +125,7 @@ def _serve(engine: ScriptedEngine, tokenizer: PreTrainedTokenizerFast, options: 
             while not (server.started and manager.state == "ready"):
                 if not thread.is_alive():
                     raise RuntimeError("the server did not start")
-            yield LiveServer(f"http://127.0.0.1:{listening.getsockname()[1]}", manager, engine)
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join(10)

@@ -160,9 +160,9 @@ class ScriptedEngine:
 
 
 def stack(
-    engine: ScriptedEngine, tokenizer: Any, *, max_model_len: int = MAX_MODEL_LEN
+    engine: ScriptedEngine, tokenizer: Any, *, max_model_len: int = MAX_MODEL_LEN, **more: Any
 ) -> Callable[[Settings, Progress], LoadedStack]:
-    """What a ModelManager loads instead of a model."""
+    """What a ModelManager loads instead of a model; `more` is what else its ModelInfo says."""
 
     def load(settings: Settings, progress: Progress) -> LoadedStack:
         prompts = PromptEncoder(tokenizer, max_model_len=max_model_len)
@@ -180,6 +180,7 @@ def stack(
             kv_bytes_per_token=1,
             num_parameters=0,
             generation_defaults={"temperature": 0.6},
+            **more,
         )
         return LoadedStack(engine, prompts, tokenizer, info)
 

@@ -58,6 +58,12 @@ def test_bodies_are_counted_while_they_are_read(harness: MakeHarness) -> None:
                 and "1000" in response.json()["error"]["message"]
             )
             assert num_sent <= 1200
+            num_sent = 0
+            for announced in ("1001", "9" * 5000):
+                response = await h.client.post(
+                    "/v1/chat/completions", content=endless(), headers={**headers, "content-length": announced}
+                )
+                assert response.status_code == 413 and num_sent == 0
             body = json.dumps(HELLO).encode()
             for size, status in ((1000, 200), (1001, 413)):
                 padded = body + b" " * (size - len(body))
