@@ -13,18 +13,20 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from collections.abc import Sequence as Series
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from config import Settings
-from engine.errors import EngineDead, NotServing, RequestTimeout, ServerError
-from engine.sequence import EngineStats, SamplingParams, Sequence, SequenceOutput, Source
+from engine.errors import EngineDead, NotServing, RequestTimeout, ServerError, UnsupportedParameter
+from engine.sequence import EngineStats, Sequence, SequenceOutput
 from runtime.admission import Admission
 from runtime.engine_thread import IDLE_AFTER_S, EngineThread, StepEngine
+from runtime.generation import GenerationRequest
 from runtime.model_loading import LoadedStack, ModelInfo, Progress, load_model_stack
 from runtime.output_queue import OutputQueue
+from runtime.transcription import TranscriptionEvent, TranscriptionRequest
 
 if TYPE_CHECKING:
+    from runtime.transcriber import Transcriber
     from text.prompt import PromptEncoder
 
 __all__ = ["GenerationRequest", "LoadedStack", "ModelInfo", "ModelManager", "Progress", "load_model_stack"]
@@ -39,27 +41,6 @@ STALLED_AFTER_S = 60.0
 FAREWELL_S = 2.0
 # Time for the step that runs to end when the server closes.
 CLOSE_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationRequest:
-    """What one sequence of a request asks of the engine.
-
-    Args:
-        prompt_token_ids: at least one id, each below the vocabulary size.
-        params: how to choose tokens, resolved.
-        priority: lower runs first among those waiting.
-        cache_salt: sequences of different salts never share KV.
-        arrival_time_s: time.monotonic() of the request's arrival; queue and request timeouts count from it.
-        source: what the encoder reads; None for models without one.
-    """
-
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    priority: int = 0
-    cache_salt: bytes = b""
-    arrival_time_s: float = field(default_factory=time.monotonic)
-    source: Source | None = None
 
 
 class ModelManager:
@@ -83,6 +64,7 @@ class ModelManager:
         self._state: State = "loading"
         self._stats = EngineStats()
         self._stack: LoadedStack | None = None
+        self._transcriber: Transcriber | None = None
         self._thread = EngineThread(
             self._open_engine,
             self,
@@ -138,6 +120,19 @@ class ModelManager:
         """The tokenizer of transformers; raises NotServing before the model is loaded."""
         return self._loaded_stack().tokenizer
 
+    @property
+    def transcriber(self) -> Transcriber:
+        """Turns speech into text.
+
+        Raises:
+            NotServing: before the model is loaded.
+            UnsupportedParameter: the model is no speech model.
+        """
+        stack = self._loaded_stack()
+        if self._transcriber is None:
+            raise UnsupportedParameter(f"{stack.info.name} is no speech model: it cannot transcribe", param="model")
+        return self._transcriber
+
     def _loaded_stack(self) -> LoadedStack:
         if self._stack is None:
             raise NotServing("the model is still loading", retry_after_s=5.0)
@@ -180,6 +175,8 @@ class ModelManager:
             self._state = "draining"
         self._fail_all(NotServing("the server has shut down"))
         self._thread.stop()
+        if self._transcriber is not None:
+            self._transcriber.close()
         if self._loaded is None or self._loaded.done():  # loading cannot be interrupted: no use waiting for it
             await asyncio.to_thread(self._thread.join, CLOSE_S)
 
@@ -224,16 +221,15 @@ class ModelManager:
         if self._refusal is not None:
             raise self._refusal.with_traceback(None)  # else every raise would lengthen its traceback
         self._loaded_stack()
-        settings = self._settings
         arrival_s = request.arrival_time_s
         sequence = Sequence(
             next(self._ids),
             request.prompt_token_ids,
             request.params,
-            arrival_s,
+            arrival_s if request.submitted_time_s is None else request.submitted_time_s,
             priority=request.priority,
             cache_salt=request.cache_salt,
-            deadline_s=None if settings.max_queue_time is None else arrival_s + settings.max_queue_time,
+            deadline_s=self._queue_deadline_s(request),
             source=request.source,
         )
         queue = self._queues[sequence.sequence_id] = OutputQueue()
@@ -249,6 +245,20 @@ class ModelManager:
             del self._queues[sequence.sequence_id]
             if not is_over:
                 self._thread.abort(sequence.sequence_id)
+
+    def transcribe(self, request: TranscriptionRequest) -> AsyncGenerator[TranscriptionEvent, None]:
+        """Turns a recording into text, see Transcriber.transcribe; closing the iterator frees everything at once.
+
+        Raises:
+            NotServing, UnsupportedParameter: see transcriber; the rest comes from the iterator.
+        """
+        return self.transcriber.transcribe(request)
+
+    def _queue_deadline_s(self, request: GenerationRequest) -> float | None:
+        limit_s = self._settings.max_queue_time
+        if limit_s is None or request.submitted_time_s is not None:
+            return None
+        return request.arrival_time_s + limit_s
 
     @contextlib.contextmanager
     def _time_limit(self, queue: OutputQueue, arrival_s: float) -> Iterator[None]:
@@ -292,6 +302,8 @@ class ModelManager:
 
     def _on_loaded(self, stack: LoadedStack) -> None:
         self._stack = stack
+        if stack.make_transcriber is not None:
+            self._transcriber = stack.make_transcriber(self.generate)
         if self._state == "loading":
             self._state = "ready"
         if self._loaded is not None and not self._loaded.done():

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from engine.engine import Engine
     from engine.model.loader import Family, LoadedModel
     from runtime.engine_thread import StepEngine
+    from runtime.transcriber import TranscriberMaker
     from text.prompt import PromptEncoder
 
 logger = logging.getLogger(__name__)
@@ -87,12 +88,13 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class LoadedStack:
-    """All that serves one model."""
+    """All that serves one model; `make_transcriber` is there for speech models."""
 
     engine: StepEngine
     prompts: PromptEncoder
     tokenizer: Any
     info: ModelInfo
+    make_transcriber: TranscriberMaker | None = None
 
 
 def load_model_stack(settings: Settings, progress: Progress) -> LoadedStack:

@@ -55,12 +55,16 @@ class TextEncoder:
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text, with what the tokenizer puts around a text (BOS); no control token is meant in it."""
+        return [*self._prefix, *self.encode_bare(text), *self._suffix]
+
+    def encode_bare(self, text: str) -> list[int]:
+        """Ids of plain text alone; no control token is meant in it."""
         if not self._controls.count(text):
             ids = self._encode(text)
             if not self._count_controls(ids):
-                return [*self._prefix, *ids, *self._suffix]
+                return ids
         marks = Marks(self._controls)
-        return [*self._prefix, *self._encode_mixed(marks.take(text), marks), *self._suffix]
+        return self._encode_mixed(marks.take(text), marks)
 
     def _encode(self, text: str) -> list[int]:
         if self._backend is not None:
