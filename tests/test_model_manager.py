@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -207,6 +208,18 @@ def test_the_queue_merges_again_after_it_was_read() -> None:
     run(scenario())
 
 
+def test_merging_keeps_what_came_with_the_first_output() -> None:
+    async def scenario() -> None:
+        queue = OutputQueue()
+        alignment = np.zeros((1, 2, 3), np.float32)
+        queue.put(SequenceOutput(1, (5,), probed=(0.25,), alignment=alignment))
+        queue.put(SequenceOutput(1, (6,), finish_reason="stop", stop_token_id=6))
+        output = await queue.get()
+        assert output.probed == (0.25,) and output.alignment is alignment
+
+    run(scenario())
+
+
 def test_an_engine_that_raises_is_dead_and_answers_everyone(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         engine = ScriptedEngine()
@@ -352,6 +365,22 @@ def test_the_queue_deadline_counts_from_arrival() -> None:
         async with serving(other := ScriptedEngine(), max_queue_time=None) as manager:
             await collect(manager, request())
             assert other.added[0].deadline_s is None
+
+    run(scenario())
+
+
+def test_later_sequences_of_a_request_have_a_place_of_their_own_and_no_queue_deadline() -> None:
+    async def scenario() -> None:
+        engine = ScriptedEngine()
+        async with serving(engine, max_queue_time=7.0, request_timeout=1e6) as manager:
+            arrival_s = time.monotonic()
+            params = SamplingParams(max_tokens=1)
+            await collect(
+                manager,
+                GenerationRequest([1], params, arrival_time_s=arrival_s, submitted_time_s=arrival_s + 5.0),
+            )
+            assert engine.added[0].arrival_time_s == arrival_s + 5.0
+            assert engine.added[0].deadline_s is None
 
     run(scenario())
 

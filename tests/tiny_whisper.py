@@ -95,10 +95,10 @@ def config(**changes: Any) -> WhisperConfig:
     return WhisperConfig(**(values | changes))
 
 
-def model(seed: int = 0) -> WhisperForConditionalGeneration:
+def model(seed: int = 0, **changes: Any) -> WhisperForConditionalGeneration:
     """Random weights, large enough that what is said depends on the sound."""
     torch.manual_seed(seed)
-    made = WhisperForConditionalGeneration(config()).eval()
+    made = WhisperForConditionalGeneration(config(**changes)).eval()
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.normal_(0.0, 0.15)

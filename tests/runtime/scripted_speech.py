@@ -26,9 +26,7 @@ from text.speech import SpeechText
 TOKENIZER = tiny_whisper.tokenizer()
 IDS = TOKENIZER.get_vocab()
 MODEL = speech_model_of(tiny_whisper.config(), tiny_whisper.generation_config(), TOKENIZER)
-ENGLISH_MODEL = speech_model_of(
-    tiny_whisper.config(), tiny_whisper.generation_config(is_multilingual=False), TOKENIZER
-)
+ENGLISH_MODEL = speech_model_of(tiny_whisper.config(), tiny_whisper.generation_config(is_multilingual=False), TOKENIZER)
 T0 = MODEL.first_timestamp_id
 TEXT = SpeechText(TOKENIZER, T0)
 
@@ -41,6 +39,12 @@ def says(text: str) -> list[int]:
 def at(seconds: float) -> int:
     """A timestamp token."""
     return T0 + round(seconds / 0.02)
+
+
+def start_of(request: GenerationRequest) -> int:
+    """The first sample of the window that a sequence is about."""
+    assert request.source is not None and request.source.features is not None
+    return int(request.source.features[0, 0])
 
 
 @dataclass(frozen=True)
@@ -92,12 +96,11 @@ class ScriptedSequences:
         return [r for r in self.requests if r.params.max_tokens > 1]
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[SequenceOutput, None]:
-        assert request.source is not None and request.source.features is not None
         self.requests.append(request)
         self.num_running += 1
         self.most_running = max(self.most_running, self.num_running)
         try:
-            start = int(request.source.features[0, 0])
+            start = start_of(request)
             await self.before(start)
             for output in self._outputs(request, start):
                 yield output

@@ -45,7 +45,9 @@ def test_means() -> None:
 
 
 def test_seeds_are_repeatable_distinct_and_fit_64_bits() -> None:
-    seeds = [seed_of_try(seed, window, number) for seed in (0, 1, 2**63 - 1) for window in range(20) for number in range(6)]
+    seeds = [
+        seed_of_try(seed, window, number) for seed in (0, 1, 2**63 - 1) for window in range(20) for number in range(6)
+    ]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert seed_of_try(7, 1, 11) == seed_of_try(7, 1, 11) != seed_of_try(7, 11, 1)

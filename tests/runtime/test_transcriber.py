@@ -29,6 +29,7 @@ from tests.runtime.scripted_speech import (
     at,
     says,
     seconds,
+    start_of,
     transcriber,
 )
 
@@ -83,8 +84,14 @@ def texts(found: list[TranscriptionEvent]) -> list[str]:
 
 def test_windows_come_in_order_however_they_are_done() -> None:
     async def scenario() -> None:
-        delays = {CUTS[0][0]: 0.05, CUTS[1][0]: 0.02, CUTS[2][0]: 0.0}
-        sequences = ScriptedSequences(name_of, before=lambda start: asyncio.sleep(delays[start]))
+        begun = {start: asyncio.Event() for start, _ in CUTS}
+        later = {CUTS[0][0]: CUTS[1][0], CUTS[1][0]: CUTS[2][0], CUTS[2][0]: CUTS[2][0]}
+
+        async def after_the_next(start: int) -> None:
+            await begun[later[start]].wait() if later[start] != start else None
+            begun[start].set()
+
+        sequences = ScriptedSequences(name_of, before=after_the_next)
         found = await events(sequences, ScriptedAudio(CUTS), language="en")
         assert texts(found) == [" one", " two", " three"]
         assert sequences.most_running == 3
@@ -117,12 +124,17 @@ def test_times_are_exact_to_a_sample_and_never_after_the_window() -> None:
 def test_only_so_many_windows_of_a_request_are_in_the_engine() -> None:
     async def scenario() -> None:
         cuts = [(seconds(n), seconds(n + 1)) for n in range(40)]
-        audio = ScriptedAudio(cuts)
+        six_run = asyncio.Event()
+
+        async def until_six_run(_: int) -> None:
+            if sequences.num_running == 6:
+                six_run.set()
+            await six_run.wait()
+
         sequences = ScriptedSequences(
-            lambda start, _: Said([at(0), *says(f"w{start // 16_000}"), at(1)]),
-            before=lambda start: asyncio.sleep(0.001 * (start % 5)),
+            lambda start, _: Said([at(0), *says(f"w{start // 16_000}"), at(1)]), before=until_six_run
         )
-        found = await events(sequences, audio, {"max_windows": 6}, language="en")
+        found = await events(sequences, ScriptedAudio(cuts), {"max_windows": 6}, language="en")
         assert texts(found) == [f" w{n}" for n in range(40)]
         assert sequences.most_running == 6
 
@@ -156,7 +168,7 @@ def test_a_window_that_repeats_itself_is_tried_hotter_until_it_does_not() -> Non
         assert texts(found) == [" one", " two", " three"]
         assert [s.temperature for s in segments(found)] == [0.0, 0.6, 0.0]
         assert isinstance(found[-1], Finished) and found[-1].num_fallbacks == 3
-        tries = [r for r in sequences.windows() if r.source is not None and r.source.features[0, 0] == CUTS[1][0]]
+        tries = [request for request in sequences.windows() if start_of(request) == CUTS[1][0]]
         assert [r.params.temperature for r in tries] == [0.0, 0.2, 0.4, 0.6]
         assert len({r.params.seed for r in sequences.windows()}) == 6
         assert len({r.source.key for r in tries if r.source is not None}) == 1  # the encoder ran once
