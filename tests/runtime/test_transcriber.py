@@ -88,7 +88,8 @@ def test_windows_come_in_order_however_they_are_done() -> None:
         later = {CUTS[0][0]: CUTS[1][0], CUTS[1][0]: CUTS[2][0], CUTS[2][0]: CUTS[2][0]}
 
         async def after_the_next(start: int) -> None:
-            await begun[later[start]].wait() if later[start] != start else None
+            if later[start] != start:
+                await begun[later[start]].wait()
             begun[start].set()
 
         sequences = ScriptedSequences(name_of, before=after_the_next)
