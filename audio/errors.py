@@ -1,22 +1,32 @@
-"""What can be wrong with an upload that should be audio.
+"""What can be wrong with a recording; all of it is the caller's to mend.
 
-Knows nothing of HTTP; each message names what was found and the rule.
-Raised throughout audio/; turned into answers by api/errors.py.
+Knows nothing of HTTP or of the engine's errors.
+Raised throughout audio/; turned into answers by api/.
 
-    AudioError      400: not audio, not readable, or nothing in it
-    └── AudioTooLong  413: more audio than --max-audio-seconds
+    ValueError
+    └── AudioError              400: the bytes are no recording that is read here, or one that breaks a rule
+        ├── UnreadableAudio     400: broken, or coded in a way that the decoder does not know
+        └── AudioTooLong        413: longer than the limit
 """
 
 from __future__ import annotations
 
 
-class AudioError(Exception):
-    """The upload cannot be transcribed."""
+class AudioError(ValueError):
+    """The recording must change; the message names the rule and the value that breaks it."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
 
 
+class UnreadableAudio(AudioError):
+    """A decoder could not go on; what it gave before that is sound."""
+
+
 class AudioTooLong(AudioError):
-    """The audio lasts longer than the server takes."""
+    """The recording goes on beyond `max_seconds`; how long it is was not looked for."""
+
+    def __init__(self, max_seconds: float) -> None:
+        super().__init__(f"the audio is longer than {max_seconds:g} seconds, the most that is accepted")
+        self.max_seconds = max_seconds

@@ -38,7 +38,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         (InvalidKey("x"), 401, "invalid_api_key", False),
         (WrongFamily("x", param="model"), 404, "unsupported_model", False),
         (AudioError("x"), 400, "invalid_request_error", False),
-        (AudioTooLong("x"), 413, "audio_too_long", False),
+        (AudioTooLong(8), 413, "audio_too_long", False),
         (errors.QueueFull("x", retry_after_s=2.5), 429, "rate_limit_exceeded", True),
         (errors.QueueTimeout("x"), 503, "overloaded", True),
         (errors.RequestTimeout("x"), 503, "request_timeout", False),
