@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,8 +132,12 @@ def load_model_stack(settings: Settings, progress: Progress) -> LoadedStack:
         )
     except TokenizerError as error:
         raise StartupError(_first_line(error)) from error
+    make_transcriber, languages = None, ()
+    if loaded.family == "speech":
+        make_transcriber, languages = _speech(settings, source, loaded, tokenizer)
     engine = _build_engine(loaded, config, progress)
-    return LoadedStack(engine, prompts, tokenizer, _info(settings, loaded, config, engine))
+    info = replace(_info(settings, loaded, config, engine), languages=languages)
+    return LoadedStack(engine, prompts, tokenizer, info, make_transcriber)
 
 
 def _source(settings: Settings) -> str:
@@ -263,6 +267,47 @@ def _load_model(settings: Settings, source: str, device: str, family: Family | N
         return load_model(request, progress)
     except LoadError as error:
         raise StartupError(" ".join(str(error).split())) from error
+
+
+def _speech(
+    settings: Settings, source: str, loaded: LoadedModel, tokenizer: Any
+) -> tuple[TranscriberMaker, tuple[str, ...]]:
+    """What makes the transcriber of a speech model, and the languages it knows."""
+    from runtime.hardware import usable_cores
+    from runtime.recordings import Recordings
+    from runtime.speech_model import NotASpeechModel, speech_model_of
+    from runtime.transcriber import transcriber_maker
+
+    recordings = Recordings(_feature_extractor(settings, source), max_seconds=settings.max_audio_seconds)
+    checkpoint = (loaded.model.config, loaded.model.generation_config, tokenizer)
+    try:
+        maker = transcriber_maker(
+            *checkpoint,
+            recordings,
+            num_threads=usable_cores(),
+            max_windows=settings.continuous_batching_batch_size,
+        )
+        return maker, tuple(speech_model_of(*checkpoint).language_ids)
+    except NotASpeechModel as error:
+        raise StartupError(f"--hf-model {settings.hf_model}: {_first_line(error)}") from error
+
+
+def _feature_extractor(settings: Settings, source: str) -> Any:
+    """The checkpoint's feature extractor, by itself or out of a processor."""
+    from importlib import import_module
+
+    path = settings.processor_type if settings.is_given("processor_type") else "AutoFeatureExtractor"
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(import_module(module or "transformers"), name).from_pretrained(
+            source, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    except (ImportError, AttributeError, OSError, ValueError) as error:
+        raise StartupError(f"--processor-type {path}: {_first_line(error)}") from error
+    extractor = getattr(found, "feature_extractor", found)
+    if not hasattr(extractor, "hop_length"):
+        raise StartupError(f"--processor-type {path}: {type(extractor).__name__} makes no spectrograms")
+    return extractor
 
 
 def _engine_config(settings: Settings, loaded: LoadedModel, device: str) -> EngineConfig:

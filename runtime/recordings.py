@@ -1,0 +1,63 @@
+"""The sound of real recordings: audio/ with one model's feature extractor and the operator's limits.
+
+Knows nothing of sequences or transcripts.
+Made by model_loading.py for speech models; called by the transcriber, always on a worker thread.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from runtime.speech_audio import Window
+from runtime.transcription import VadChunking
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from audio.features import FeatureExtractor
+    from runtime.speech_audio import Samples
+
+
+class Recordings:
+    """A SpeechAudio of files.
+
+    Args:
+        extractor: makes the model's spectrograms.
+        max_seconds: longest recording that is decoded.
+    """
+
+    def __init__(self, extractor: FeatureExtractor, *, max_seconds: float) -> None:
+        self._extractor = extractor
+        self._max_seconds = max_seconds
+
+    def decode(self, data: bytes) -> Samples:
+        """Mono samples at 16 kHz of an uploaded file; raises AudioError for what is none, or too long."""
+        from audio.decode import decode
+
+        return decode(data, max_seconds=self._max_seconds).samples
+
+    def windows(self, samples: Samples, chunking: VadChunking) -> list[Window]:
+        """Where something is spoken, in order and without overlap."""
+        from audio.segments import VadParameters, windows
+
+        given = {
+            name: value
+            for name in ("threshold", "prefix_padding_ms", "silence_duration_ms")
+            if (value := getattr(chunking, name)) is not None
+        }
+        found = windows(samples, VadParameters(**given))
+        return [Window(window.start_sample, window.end_sample) for window in found]
+
+    def features(self, samples: Samples) -> npt.NDArray[np.float32]:
+        """The spectrogram of one window, float32 [mel bins, frames], silence after its end."""
+        from audio.features import log_mel
+
+        return log_mel(samples, self._extractor)
+
+    def token_times(self, alignment: npt.NDArray[np.float32], num_positions: int) -> list[float]:
+        """When each token of an alignment [heads, tokens, positions] begins, in seconds, never falling."""
+        from audio.alignment import token_times
+
+        times = token_times(alignment, num_positions)
+        return [start_s for start_s, _ in times] + [times[-1][1]]
