@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken
 
+from demo.byte_level_bpe import learn
 from demo.corpus.conversation import Conversation
 from demo.corpus.mixture import generate
 
@@ -25,9 +26,6 @@ SPECIAL_TOKENS = (TEXT_END, TURN_START, TURN_END)
 CALL_TOKENS = ("<tool_call>", "</tool_call>")
 VOCAB_SIZE = 2048
 MAX_POSITIONS = 2048
-# Words without the space before them, so that a word is cut the same way wherever it stands: most answers copy words
-# from the prompt. Each digit alone, for the same reason. Marks, perhaps with a space before them; space.
-_PIECES = r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _ASSISTANT = f"{TURN_START}assistant\n"
 
 
@@ -43,19 +41,7 @@ def train_tokenizer(seed: int, num_conversations: int = 12000) -> PreTrainedToke
     """A tokenizer learnt from so many chats of the corpus; the same seed gives the same tokenizer."""
     from transformers import PreTrainedTokenizerFast
 
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_PIECES), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(CALL_TOKENS), special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-    )  # fmt: skip
-    core.train_from_iterator(_texts(seed, num_conversations), trainer)
+    core = learn(_texts(seed, num_conversations), VOCAB_SIZE - len(CALL_TOKENS), SPECIAL_TOKENS)
     core.add_tokens([AddedToken(token, special=False, normalized=False) for token in CALL_TOKENS])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token=TURN_END, pad_token=TEXT_END, model_max_length=MAX_POSITIONS,

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,34 +18,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from demo.chat_tokenizer import TURN_END, Example, encode
 from demo.corpus.mixture import generate, skill_names
 from demo.golden_prompts import Golden, goldens
+from demo.scores import HELD_OUT_SEED, MIN_GAP, Score, count, table, write_into_card
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-# Below this gap between the two likeliest tokens another kernel or number format may choose the other one.
-MIN_GAP = 0.5
-_HELD_OUT_SEED = 7_777_777
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """Answers of one skill: how many there were, how many came out exactly as expected, how surely."""
-
-    skill: str
-    num_answers: int
-    num_exact: int
-    num_sure: int
-
 
 def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, skill: str, num_chats: int) -> Score:
     """Every assistant turn of held-out chats, each after the history as it should have been."""
-    num_answers = num_exact = num_sure = 0
-    for conversation in generate(_HELD_OUT_SEED, num_chats, held_out=True, skill=skill):
-        for is_exact, gap in answers(model, encode(tokenizer, conversation)):
-            num_answers += 1
-            num_exact += is_exact
-            num_sure += is_exact and gap >= MIN_GAP
-    return Score(skill, num_answers, num_exact, num_sure)
+    chats = generate(HELD_OUT_SEED, num_chats, held_out=True, skill=skill)
+    return count(skill, (turn for chat in chats for turn in answers(model, encode(tokenizer, chat))))
 
 
 @torch.inference_mode()
@@ -109,28 +89,12 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
     scores = [score(model, tokenizer, skill, given.num_chats) for skill in skill_names()]
-    table = _table(scores)
     found, missed = find_goldens(given.model, tokenizer)
-    print(table, *missed, f"{len(found)} goldens", sep="\n")
+    print(table(scores), *missed, f"{len(found)} goldens", sep="\n")
     if given.dry_run:
         return
     (given.model / "golden.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    card = given.model / "README.md"
-    marked = re.sub(
-        r"(?<=<!-- scores -->\n).*(?=<!-- /scores -->)",
-        lambda _: table + "\n",
-        card.read_text(encoding="utf-8"),
-        flags=re.DOTALL,
-    )
-    card.write_text(marked, encoding="utf-8")
-
-
-def _table(scores: list[Score]) -> str:
-    rows = [
-        f"| {s.skill} | {s.num_answers} | {s.num_exact / s.num_answers:.0%} | {s.num_sure / s.num_answers:.0%} |"
-        for s in scores
-    ]
-    return "\n".join(("| skill | answers | exact | exact, gap >= 0.5 |", "|---|---|---|---|", *rows))
+    write_into_card(given.model / "README.md", table(scores))
 
 
 if __name__ == "__main__":
