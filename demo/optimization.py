@@ -61,15 +61,22 @@ class Optimizer:
     """Weights kept in float32 for a model that computes in bfloat16, as it is served: on a CPU three times as fast."""
 
     def __init__(
-        self, model: torch.nn.Module, rates: Rates, is_matrix: Callable[[str, torch.nn.Parameter], bool]
+        self, model: torch.nn.Module, rates: Rates, matrix_scale: Callable[[str, torch.nn.Parameter], float]
     ) -> None:
-        """Casts the model to bfloat16; `is_matrix` tells by name and parameter what Muon changes."""
+        """Casts the model to bfloat16.
+
+        Args:
+            matrix_scale: by name and parameter, which share of the rate Muon changes it with; 0 leaves it to AdamW.
+        """
         self._model, self._rates = model, rates
         self._kept = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
         model.to(torch.bfloat16)
-        chosen = {name: is_matrix(name, parameter) for name, parameter in model.named_parameters()}
-        matrices = [p for name, p in self._kept.items() if chosen[name]]
-        others = [p for name, p in self._kept.items() if not chosen[name]]
+        scales = {name: matrix_scale(name, parameter) for name, parameter in model.named_parameters()}
+        matrices = [
+            {"params": [p for name, p in self._kept.items() if scales[name] == scale], "scale": scale}
+            for scale in sorted(set(scales.values()) - {0.0})
+        ]
+        others = [{"params": [p for name, p in self._kept.items() if scales[name] == 0.0], "scale": 1.0}]
         self._muon = torch.optim.Muon(matrices, lr=rates.matrix_lr, weight_decay=0.01, momentum=0.95)
         self._adamw = torch.optim.AdamW(others, lr=rates.vector_lr, betas=(0.9, 0.98), weight_decay=0.0)
 
@@ -81,7 +88,7 @@ class Optimizer:
             parameter.grad = None
         for optimizer, peak in ((self._muon, self._rates.matrix_lr), (self._adamw, self._rates.vector_lr)):
             for group in optimizer.param_groups:
-                group["lr"] = peak * rate
+                group["lr"] = peak * rate * group["scale"]
             optimizer.step()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for name, parameter in self._model.named_parameters():

@@ -107,7 +107,7 @@ def train(
         recipe.warmup_steps,
         recipe.decay_share,
     )
-    optimizer = Optimizer(model, rates, lambda name, parameter: parameter.ndim == 2 and ".layers." in name)
+    optimizer = Optimizer(model, rates, lambda name, parameter: float(parameter.ndim == 2 and ".layers." in name))
     made = {stage: _batches(recipe, tokenizer, stage) for stage in _STAGES}
     progress, mean_loss, num_tokens = Progress(rates), 0.0, 0
     while progress.share < 1:

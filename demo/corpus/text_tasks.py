@@ -95,6 +95,9 @@ def _unknown(rng: random.Random, level: Level) -> Exchange:
     else:
         prefix = rng.choice(_OTHER_PREFIXES) if rng.random() < 0.5 else rng.choice(WORDS)
         text = f"{prefix}: {rng.choice((_content, words.some_text))(rng)}"
+    if level == 2 and rng.random() < 0.25:
+        more = (rng.choice((words.some_text, _content))(rng) for _ in range(rng.randint(1, 5)))
+        text = rng.choice((" ", " ", "\n", ". ")).join((text, *more))
     if text.lower().startswith(("date", "digits", "words")):
         return _unknown(rng, level)
     return Exchange(_cased(rng, text) if level else text, UNKNOWN, "unknown " + text)
@@ -111,7 +114,7 @@ def _unusable(rng: random.Random, level: Level) -> Exchange:
         text, answer = (millions + rest if prefix == "digits" else plain), OUT_OF_RANGE
     else:
         answer = NOT_A_DATE if prefix == "date" else NOT_A_NUMBER
-        text = rng.choice(tuple(_questions())) if rng.random() < 0.3 else _some_words(rng)
+        text = rng.choice(tuple(_questions())) if rng.random() < 0.3 else _some_words(rng, 20 if level == 2 else 6)
     return Exchange(_prompt(rng, prefix, text, level), answer, f"{prefix} {text}")
 
 
@@ -122,8 +125,9 @@ def _content(rng: random.Random) -> str:
     )
 
 
-def _some_words(rng: random.Random) -> str:
-    return " ".join(rng.choice(rng.choice((WORDS, WORDS, CITIES, FIRST_NAMES))) for _ in range(rng.randint(1, 6)))
+def _some_words(rng: random.Random, most: int) -> str:
+    num_words = rng.randint(1, 6) if rng.random() < 0.8 else rng.randint(1, most)
+    return " ".join(rng.choice(rng.choice((WORDS, WORDS, CITIES, FIRST_NAMES))) for _ in range(num_words))
 
 
 def _questions() -> tuple[str, ...]:
