@@ -17,6 +17,9 @@ _UNITS = (
     "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
 )  # fmt: skip
 _TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+# Of numbers of one digit, two digits and so on: long ones have more to learn, of short ones there are too few to learn
+# the rule from and not the numbers themselves.
+_LENGTH_SHARES = (1, 2, 4, 4, 5, 6)
 _SHORT_ORDINALS = {
     "one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth", "nine": "ninth",
     "twelve": "twelfth",
@@ -95,7 +98,7 @@ def ordinal(number: int) -> str:
 
 def some_number(rng: random.Random, max_digits: int = 6) -> int:
     """A number of one to so many digits, zeros among them more often than by chance: they are what is mistaken."""
-    num_digits = rng.choice(range(1, max_digits + 1)) if rng.random() < 0.5 else rng.randint(max_digits - 1, max_digits)
+    num_digits = rng.choices(range(1, max_digits + 1), _LENGTH_SHARES[:max_digits])[0]
     zeros = rng.choice((0.1, 0.1, 0.5))
     digits = ("0" if rng.random() < zeros else rng.choice("0123456789") for _ in range(num_digits - 1))
     return int(rng.choice("123456789") + "".join(digits)) if rng.random() < 0.995 else 0

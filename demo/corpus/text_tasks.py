@@ -156,9 +156,9 @@ def _max_digits(level: Level) -> int:
 
 
 _TASKS: dict[str, tuple[float, _Task]] = {
-    "date": (42, _date),
-    "digits": (22, _digits),
-    "words": (22, _words),
-    "unknown": (9, _unknown),
+    "date": (37, _date),
+    "digits": (26, _digits),
+    "words": (24, _words),
+    "unknown": (8, _unknown),
     "unusable": (5, _unusable),
 }
