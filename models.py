@@ -100,6 +100,8 @@ class GenerationFields(WireModel):
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     truncate: int | None = None
+    forced_bos_token: str | int | None = None
+    source_language: str | None = None
     priority: int | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
     user: str | None = None

@@ -21,6 +21,7 @@ from api.logprobs import chat_logprobs
 from api.params import SamplingPlan, chat_plan
 from api.prepare import log_parameters, make_choices
 from api.prompting import chat_ids
+from api.sources import model_prompts
 from models import ChatCompletionRequest
 
 router = APIRouter()
@@ -36,7 +37,8 @@ async def create_chat_completion(
     check_reads_text(parts.manager.info)
     plan = chat_plan(body, parts.manager.info.vocab_size)
     ids = await chat_ids(parts.manager, body, plan.truncate)
-    choices = make_choices(request, parts, plan, [ids], cache_salt=salt, param="messages")
+    prompts = model_prompts(parts.manager, body, [ids], cache_salt=salt, param="messages")
+    choices = make_choices(request, parts, plan, prompts, cache_salt=salt, param="messages")
     return await respond(
         request,
         run(parts.manager, choices),
@@ -111,7 +113,7 @@ class ChatAnswer:
         }
         if self._has_token_ids:
             choice["token_ids"] = delta.token_ids
-            choice["prompt_token_ids"] = self._choices[delta.index].request.prompt_token_ids
+            choice["prompt_token_ids"] = self._choices[delta.index].request.input_token_ids
         return choice
 
     def _usage(self) -> dict[str, object]:

@@ -22,7 +22,8 @@ from api.logprobs import CompletionLogprobs
 from api.params import SamplingPlan, completion_plan
 from api.prepare import check_num_sequences, log_parameters, make_choices
 from api.prompting import completion_ids
-from engine.errors import InvalidValue
+from api.sources import model_prompts
+from engine.errors import InvalidValue, UnsupportedParameter
 from engine.sequence import TokenLogprobs
 from models import CompletionRequest
 
@@ -38,11 +39,14 @@ async def create_completion(
     ignored = ignored_parameters(body, is_strict=parts.settings.strict_parameters)
     manager = parts.manager
     check_reads_text(manager.info)
+    if body.echo and manager.info.max_source_len is not None:
+        raise UnsupportedParameter("echo is true: an encoder-decoder does not continue its prompt", param="echo")
     plan = completion_plan(body, manager.info.vocab_size)
     prompts = _prompts(body)
     check_num_sequences(len(prompts), plan.num_choices)
     all_ids = await completion_ids(manager, prompts, plan.truncate)
-    choices = make_choices(request, parts, plan, all_ids, cache_salt=salt, param="prompt")
+    made = model_prompts(manager, body, all_ids, cache_salt=salt, param="prompt")
+    choices = make_choices(request, parts, plan, made, cache_salt=salt, param="prompt")
     echoes = (
         [_echo(parts, prompt, ids, plan.truncate) for prompt, ids in zip(prompts, all_ids, strict=True)]
         if body.echo
@@ -130,7 +134,7 @@ class CompletionAnswer:
         for delta in folded:
             choice = self._choice(delta, has_echo=bool(self._echoes), finish_reason=delta.finish_reason)
             if self._has_token_ids:
-                choice["prompt_token_ids"] = self._choices[delta.index].request.prompt_token_ids
+                choice["prompt_token_ids"] = self._choices[delta.index].request.input_token_ids
             choices.append(choice)
         return orjson.dumps(self._envelope.whole(choices, self._usage()))
 

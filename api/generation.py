@@ -219,7 +219,7 @@ def usage(choices: Series[Choice], num_choices: int) -> dict[str, object]:
         num_choices: per prompt.
     """
     firsts = choices[::num_choices]
-    num_prompt = sum(len(choice.request.prompt_token_ids) for choice in firsts)
+    num_prompt = sum(len(choice.request.input_token_ids) for choice in firsts)
     num_generated = sum(choice.num_tokens for choice in choices)
     return {
         "prompt_tokens": num_prompt,

@@ -58,7 +58,7 @@ class Metrics:
 
     def on_first_output(self, request: GenerationRequest, output: SequenceOutput, now: float) -> None:
         """The first output of a choice has come."""
-        self.num_prompt_tokens += len(request.prompt_token_ids)
+        self.num_prompt_tokens += len(request.input_token_ids)
         self.num_generated_tokens += len(output.token_ids)
         self._first_token.observe(now - request.arrival_time_s)
 

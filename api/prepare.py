@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from api.deps import Parts
 from api.generation import Choice
 from api.params import SamplingPlan
+from api.sources import ModelPrompt
 from engine.errors import InvalidValue
 from model_manager import GenerationRequest
 from text.output import TextOutput
@@ -28,7 +29,7 @@ _SEED_MASK = 2**64 - 1
 
 
 def make_choices(
-    request: Request, parts: Parts, plan: SamplingPlan, prompts: Series[list[int]], *, cache_salt: bytes, param: str
+    request: Request, parts: Parts, plan: SamplingPlan, prompts: Series[ModelPrompt], *, cache_salt: bytes, param: str
 ) -> list[Choice]:
     """Choices across prompts: the first `plan.num_choices` are the first prompt's, and so on.
 
@@ -36,27 +37,28 @@ def make_choices(
         request: for its time of arrival.
         parts: of the app.
         plan: what is asked of sampling.
-        prompts: token ids of each prompt.
+        prompts: each as the model takes it.
         cache_salt: of the caller's key.
         param: the field the prompts came in.
     Raises:
         ContextLengthExceeded: a prompt and its output do not fit.
     """
     max_model_len = parts.manager.info.max_model_len
-    params = [plan.for_prompt(len(ids), max_model_len, param) for ids in prompts]
+    params = [plan.for_prompt(len(prompt.token_ids), max_model_len, param) for prompt in prompts]
     seed = parts.seeds.getrandbits(63) if plan.seed is None else plan.seed
     choices = []
     for index in range(len(prompts) * plan.num_choices):
-        ids = prompts[index // plan.num_choices]
+        prompt = prompts[index // plan.num_choices]
         generation = GenerationRequest(
-            prompt_token_ids=ids,
+            prompt_token_ids=prompt.token_ids,
             # The first choice has the request's own seed: n changes nothing for it.
             params=dataclasses.replace(params[index // plan.num_choices], seed=(seed + index) & _SEED_MASK),
             priority=plan.priority,
             cache_salt=cache_salt,
             arrival_time_s=request.state.arrival_s,
+            source=prompt.source,
         )
-        text = TextOutput(parts.manager.tokenizer, ids, stop=plan.stop)
+        text = TextOutput(parts.manager.tokenizer, prompt.token_ids, stop=plan.stop)
         choices.append(Choice(index, generation, text, parts.metrics))
     return choices
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Callable
+from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
 
 from engine.sequence import SamplingParams, SequenceOutput, Source
@@ -36,6 +37,13 @@ class GenerationRequest:
     arrival_time_s: float = field(default_factory=time.monotonic)
     source: Source | None = None
     submitted_time_s: float | None = None
+
+    @property
+    def input_token_ids(self) -> Series[int]:
+        """What the caller sent: the source's ids where there is one of text, else the prompt's."""
+        if self.source is not None and self.source.token_ids is not None:
+            return self.source.token_ids
+        return self.prompt_token_ids
 
 
 Generate = Callable[[GenerationRequest], AsyncGenerator[SequenceOutput, None]]

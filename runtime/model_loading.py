@@ -132,7 +132,8 @@ def load_model_stack(settings: Settings, progress: Progress) -> LoadedStack:
         )
     except TokenizerError as error:
         raise StartupError(_first_line(error)) from error
-    make_transcriber, languages = None, ()
+    make_transcriber: TranscriberMaker | None = None
+    languages: tuple[str, ...] = ()
     if loaded.family == "speech":
         make_transcriber, languages = _speech(settings, source, loaded, tokenizer)
     engine = _build_engine(loaded, config, progress)

@@ -14,8 +14,8 @@ from runtime.transcription import VadChunking
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
     from audio.features import FeatureExtractor
+
     from runtime.speech_audio import Samples
 
 
