@@ -77,8 +77,14 @@ def save_tiny(name: str, directory: Path, *, max_positions: int | None = None) -
 def serve_tiny(name: str, directory: Path, *, max_positions: int | None = None, **options: Any) -> Iterator[TinyServer]:
     """Serve the zoo's model in float32 until the block ends."""
     path = save_tiny(name, directory, max_positions=max_positions)
-    fields = {"torch_dtype": "float32", "shutdown_timeout": 2, "max_model_len": 256, **options}
-    settings = Settings(hf_model=str(path), **fields)
+    with serve(str(path), **{"max_model_len": 256, **options}) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def serve(model: str, **options: Any) -> Iterator[TinyServer]:
+    """Serve a model, by its directory or as --hf-model names it, in float32 until the block ends."""
+    settings = Settings(**{"hf_model": model, "torch_dtype": "float32", "shutdown_timeout": 2, **options})
     manager = ModelManager(settings)
     config = uvicorn.Config(create_app(settings, manager), log_config=None, lifespan="on", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
@@ -90,7 +96,7 @@ def serve_tiny(name: str, directory: Path, *, max_positions: int | None = None, 
             while manager.state != "ready":
                 assert thread.is_alive() and manager.state != "dead", "the server did not start"
                 time.sleep(0.02)
-            yield TinyServer(f"http://127.0.0.1:{listening.getsockname()[1]}", manager, path)
+            yield TinyServer(f"http://127.0.0.1:{listening.getsockname()[1]}", manager, Path(model))
         finally:
             server.should_exit = True
             thread.join(20)
