@@ -131,6 +131,7 @@ class SoloRunner:
         self.device = device
         self._states: dict[int, _SoloState] = {}
         self._keeps_rows = accepts(model, "logits_to_keep")
+        self._takes_mask = accepts(model, "attention_mask")
         self._has_encoder = bool(getattr(model.config, "is_encoder_decoder", False))
         self._module_state = ModuleState(model, self._trial)
 
@@ -217,6 +218,9 @@ class SoloRunner:
         # The encoder runs here, where there is one, as generate() runs it.
         inputs = [token_ids] if source is None else [torch.tensor([source.token_ids], device=self.device)]
         more = {} if source is None else {"decoder_input_ids": token_ids}
+        if self._takes_mask:
+            # Left to itself, generate() takes a padding token within the prompt for padding.
+            more["attention_mask"] = torch.ones_like(inputs[0])
         self.model.generate(*inputs, custom_generate=take_over, do_sample=False, num_beams=1, max_new_tokens=1, **more)
         return prepared
 

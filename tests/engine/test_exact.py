@@ -66,6 +66,15 @@ def test_a_solo_family_gives_the_tokens_of_generate_in_company(name: str) -> Non
     assert [tokens(outputs[n]) for n in range(8)] == expected
 
 
+@pytest.mark.parametrize("name", ["bloom", "gptj", "falcon", "llama"])
+def test_a_padding_token_in_a_prompt_is_a_token_like_any_other(name: str) -> None:
+    pad_id = zoo.SPECIAL_TOKEN_IDS["pad_token_id"] or 0
+    prompts = [[pad_id, 5, 6, 7], [5, pad_id, 6, 7], [5, 6, 7, pad_id]]
+    expected = [reference(name, prompt, NUM_TOKENS) for prompt in prompts]
+    outputs = drive(engine_for(name), [greedy(n, prompt, NUM_TOKENS) for n, prompt in enumerate(prompts)])
+    assert [tokens(outputs[n]) for n in range(3)] == expected
+
+
 @pytest.mark.parametrize("name", ["bloom", "jamba", "phi3_longrope", "llama_dynamic", "recurrent_gemma"])
 def test_preempted_solo_sequences_continue_as_if_undisturbed(name: str) -> None:
     prompts = [zoo.prompt(length, seed=length) for length in (12, 20, 16, 9)]
