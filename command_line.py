@@ -61,9 +61,11 @@ def parse_flags(argv: Sequence[str], options: Sequence[Option]) -> dict[str, str
     """
     parser = _Parser(
         prog="main.py",
-        usage="python main.py [options]",
+        usage="python main.py [plan] [options]",
         description="Serves a transformers model behind an OpenAI-compatible API. A flag beats its environment "
-        "variable, the variable beats the default; an empty variable counts as not set.",
+        "variable, the variable beats the default; an empty variable counts as not set. With the word plan before the "
+        "options nothing is loaded or served: it prints what these options would take, from the model's config and "
+        "the headers of its weights, and ends with exit code 0 when that fits this machine, 3 when it does not.",
         formatter_class=_Formatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

@@ -1,7 +1,7 @@
 """The door: flags and environment become Settings, Settings become a running server, its end an exit code.
 
 Knows nothing of models or requests.
-Run as `python main.py`.
+Run as `python main.py`, or `python main.py plan` for a dry run.
 """
 
 from __future__ import annotations
@@ -27,8 +27,16 @@ _LOUD_LIBRARIES = ("asyncio", "filelock", "httpcore", "httpx", "huggingface_hub"
 _SPIN_COUNT = ("GOMP_SPINCOUNT", "3000")
 
 
+_DOES_NOT_FIT = 3  # of a plan; not the 2 of a mistake, so that a script can tell them apart
+
+
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Serves until told to end; returns the exit code: 1 when loading failed, 2 when an option cannot be honoured."""
+    """Serves until told to end; returns the exit code: 1 when loading failed, 2 when an option cannot be honoured.
+
+    With `plan` as the first word: says what serving would take instead; 3 when it would not fit this machine.
+    """
+    if argv[:1] == ["plan"]:
+        return _plan(Settings.from_sources(argv[1:], environ))
     settings = Settings.from_sources(argv, environ)
     os.environ.setdefault(*_SPIN_COUNT)  # read once, when torch is loaded
     _set_up_logging(settings.loglevel)
@@ -49,6 +57,20 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     server = Server(create_app(settings, manager), manager, settings)
     server.run(sockets)
     return 0 if server.failure is None else _fail(server.failure)
+
+
+def _plan(settings: Settings) -> int:
+    """Prints what these options would take and whether it fits; returns the exit code."""
+    _set_up_logging(settings.loglevel)
+    from runtime.plan_text import plan_text
+    from runtime.planning import dry_run
+
+    try:
+        found = dry_run(settings)
+    except StartupError as error:
+        return _fail(error)
+    print(plan_text(found), flush=True)
+    return 0 if found.plan.fits else _DOES_NOT_FIT
 
 
 def _set_up_logging(level: str) -> None:

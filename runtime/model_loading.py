@@ -237,6 +237,11 @@ def _check_family(settings: Settings, model_type: str, family: Family) -> None:
         raise StartupError(f"--static-cache-encoder-max-length {length}: {model_type} has no encoder")
 
 
+def model_type_for(settings: Settings, family: Family | None) -> str:
+    """The class that loads the model: as asked, else the one for its family."""
+    return settings.model_type if settings.is_given("model_type") or family is None else _MODEL_TYPES[family]
+
+
 def _check_loaded(settings: Settings, loaded: LoadedModel) -> None:
     """What only the loaded model can tell: one's own classes come without a config that is known before."""
     given = settings.static_cache_encoder_max_length
@@ -253,12 +258,9 @@ def _check_loaded(settings: Settings, loaded: LoadedModel) -> None:
 def _load_model(settings: Settings, source: str, device: str, family: Family | None, progress: Progress) -> LoadedModel:
     from engine.model.loader import LoadError, LoadRequest, load_model
 
-    model_type = settings.model_type
-    if not settings.is_given("model_type") and family is not None:
-        model_type = _MODEL_TYPES[family]
     request = LoadRequest(
         name=source,
-        model_type=model_type,
+        model_type=model_type_for(settings, family),
         dtype=settings.torch_dtype,
         device=device,
         revision=settings.revision,

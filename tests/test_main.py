@@ -241,6 +241,57 @@ def test_a_wrong_option_is_one_line_and_exit_code_2(start: StartProcess) -> None
     assert process.lines == ["main.py: --port 99999999: should be less than or equal to 65535\n"]
 
 
+def plan(*options: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Runs `main.py plan` to its end."""
+    kept = {name: os.environ[name] for name in os.environ if name in ("PATH", "HOME", "SYSTEMROOT", "TEMP")}
+    return subprocess.run(
+        [sys.executable, "main.py", "plan", *options],
+        cwd=ROOT, env=kept | {"HF_HUB_OFFLINE": "1"} | environ, capture_output=True, text=True, timeout=START_S,
+        check=False,
+    )  # fmt: skip
+
+
+def test_a_plan_of_the_demo_model_tells_what_it_takes_and_serves_nothing() -> None:
+    done = plan("--hf-model", "demo", "--port", "1", "--accelerator-type", "cpu")  # a port that only root may have
+    assert done.returncode == 0, done.stderr
+    model = ROOT / "demo" / "chat" / "model.safetensors"
+    parameters = (model.stat().st_size - 2**20, model.stat().st_size)
+    found = re.search(r"in memory +[\d.]+ MiB, ([\d,]+) parameters: bfloat16", done.stdout)
+    assert found is not None
+    assert parameters[0] < 2 * int(found[1].replace(",", "")) < parameters[1]
+    for words in ("Qwen3ForCausalLM", "in bfloat16 on cpu", "lane          flat if", "bytes a token", "20 sequences"):
+        assert words in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("fits: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_plan_takes_options_as_serving_does_and_ends_with_exit_code_3_when_it_does_not_fit() -> None:
+    given = {"HF_MODEL": "demo", "CONTINUOUS_BATCHING_BATCH_SIZE": "3", "ACCELERATOR_TYPE": "cpu"}
+    done = plan("--kv-cache-memory", "900TiB", **given)
+    assert done.returncode == 3
+    assert "3 sequences" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("does not fit: --kv-cache-memory ")
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--hf-model", "some/model-that-is-not-here"], "--hf-model some/model-that-is-not-here: "),
+        (["--prot", "80"], "--prot: no such option; did you mean --port?"),
+    ],
+)
+def test_a_mistake_in_a_plan_is_one_line_and_exit_code_2(options: list[str], line: str) -> None:
+    done = plan("--loglevel", "ERROR", *options)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"main.py: {line}") and done.stderr.count("\n") == 1
+
+
+def test_help_names_the_dry_run() -> None:
+    done = plan("--help")
+    assert done.returncode == 0
+    assert "python main.py [plan] [options]" in done.stdout and "exit code 0 when" in done.stdout
+
+
 def test_defaults_that_may_surprise_are_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
     def said(environ: dict[str, str], **options: Any) -> str:
         caplog.clear()

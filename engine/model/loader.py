@@ -91,7 +91,7 @@ def load_model(request: LoadRequest, progress: Progress) -> LoadedModel:
     Raises:
         LoadError: the class, the checkpoint or the dtype do not go together; one line says why.
     """
-    model_class = _resolve(request.model_type)
+    model_class = resolve_class(request.model_type)
     dtype: torch.dtype | str = "auto" if request.dtype == "auto" else DTYPES[request.dtype]
     progress(f"loading the weights of {request.name}", None)
     try:
@@ -129,7 +129,7 @@ def describe(model: Any) -> LoadedModel:
         dtype=model.dtype,
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
-        max_positions=_max_positions(text) if family == "decoder" else _max_target_positions(text),
+        max_positions=decoder_positions(model.config),
         vocab_size=int(vocab_size),
         eos_token_ids=_eos_token_ids(model),
         family=family,
@@ -146,7 +146,12 @@ def family_of(config: Any) -> Family:
     return "speech" if config.model_type in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES else "encoder-decoder"
 
 
-def _resolve(name: str) -> Any:
+def resolve_class(name: str) -> Any:
+    """The class that --model-type names: one of transformers, or by a dotted path.
+
+    Raises:
+        LoadError: there is no such class.
+    """
     if "." in name:
         module, _, attribute = name.rpartition(".")
         try:
@@ -164,20 +169,27 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _max_positions(text_config: Any) -> int | None:
+def max_positions(text_config: Any) -> int | None:
     """The longest context the config admits to; None when the architecture has no bound (recurrent models)."""
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"):
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length",
+                 "max_target_positions"):  # fmt: skip
         value = getattr(text_config, name, None)
         if isinstance(value, int) and value > 0:
             return value
     return None
 
 
-def _max_target_positions(config: Any) -> int | None:
-    """Of an encoder-decoder's decoder; T5's positions are relative, and its config's n_positions bounds nothing."""
-    if hasattr(config, "relative_attention_num_buckets"):
+def decoder_positions(config: Any) -> int | None:
+    """Most tokens of a sequence of a causal LM or a decoder; None where the architecture has no bound.
+
+    T5's positions are relative, and its config's n_positions bounds nothing.
+    """
+    text = config.get_text_config(decoder=True)
+    if family_of(config) == "decoder":
+        return max_positions(text)
+    if hasattr(text, "relative_attention_num_buckets"):
         return None
-    return getattr(config, "max_target_positions", None) or _max_positions(config)
+    return getattr(text, "max_target_positions", None) or max_positions(text)
 
 
 def _max_source_positions(config: Any) -> int | None:
@@ -186,7 +198,7 @@ def _max_source_positions(config: Any) -> int | None:
         return None
     encoder = getattr(config, "encoder", None)
     source = encoder if hasattr(encoder, "max_position_embeddings") else config
-    return getattr(config, "max_source_positions", None) or _max_positions(source)
+    return getattr(config, "max_source_positions", None) or max_positions(source)
 
 
 def _decoder_prompt_ids(model: Any) -> tuple[int, ...]:

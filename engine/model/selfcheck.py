@@ -100,6 +100,24 @@ def why_not_flat(config: Any) -> str | None:
     return None
 
 
+def record_shapes(model: Any, device: torch.device) -> tuple[LayerShape, ...]:
+    """What the flat lane would store of each layer's token, from one forward that compares nothing.
+
+    Works on a model without values too; leaves the model as it was.
+
+    Raises:
+        NotFlat: the model is not for that lane; a model that is driven so for the first time may raise anything else.
+    """
+    AttentionInterface.register(NAME, flat_attention)
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    original = _implementations(model)
+    _set_implementation(model, NAME)
+    try:
+        return _record(model, [position % vocab_size for position in range(8)], device)
+    finally:
+        _restore(model, original)
+
+
 @dataclass(frozen=True, slots=True)
 class SoloSizes:
     """Bytes a sequence's own cache takes: whatever its length, for each token, for each position of an encoder."""

@@ -1,0 +1,190 @@
+"""A dry run of the start: everything that serving would decide, found without loading a weight.
+
+Knows nothing of how a plan is shown or what exit code it means.
+Called by main.py for `python main.py plan`.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from config import Settings, StartupError
+from runtime import model_loading as loading
+from runtime.checkpoint import HeadersOutOfReach, NoWeights, StoredWeights, read_stored_weights
+from runtime.plan import Demand, Plan, make_plan
+
+if TYPE_CHECKING:
+    from engine.model.blueprint import WeightBytes, Widths
+    from engine.model.kv_cost import KVCost
+    from engine.model.loader import LoadRequest
+
+logger = logging.getLogger(__name__)
+
+INT4_GROUP_SIZE = 64
+# What serving takes when --model-type is left at its default and the config is not a decoder's.
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What was found out.
+
+    Args:
+        model, architecture: as asked, and the class that would serve it.
+        device, dtype: where and in what.
+        stored: the checkpoint; None where the hub does not answer, and then why_not_stored says so.
+        quantised_by: the method of a checkpoint that is quantised already; its weights are counted unpacked.
+        weights: in memory.
+        kv: of a sequence; None where that depends on values, and then why_no_kv says so.
+        demand: all of it, as the plan's arithmetic wants it.
+        free_bytes: of the device now.
+        plan: what fits.
+    """
+
+    model: str
+    architecture: str
+    device: str
+    dtype: str
+    stored: StoredWeights | None
+    why_not_stored: str
+    quantised_by: str | None
+    weights: WeightBytes
+    kv: KVCost | None
+    why_no_kv: str
+    demand: Demand
+    free_bytes: int
+    plan: Plan
+
+
+def dry_run(settings: Settings) -> DryRun:
+    """Read the config and the headers of what the settings name, and reckon.
+
+    Raises:
+        StartupError: serving would refuse these options whatever the memory; one line says which and why.
+    """
+    source = loading._source(settings)
+    loading._quieten_libraries()
+    device = loading._device(settings)
+    loading._check_fit(settings, source, device)
+    try:
+        stored, why_not_stored = read_stored_weights(source, settings.revision), ""
+    except HeadersOutOfReach as error:
+        stored, why_not_stored = None, str(error)
+    except NoWeights as error:
+        raise StartupError(f"--hf-model {settings.hf_model}: {error}") from error
+    return _reckon(settings, source, device, stored, why_not_stored)
+
+
+def _reckon(settings: Settings, source: str, device: str, stored: StoredWeights | None, why_not_stored: str) -> DryRun:
+    from engine.model.blueprint import count_weights, measure_widths, resolve_dtype
+    from engine.model.kv_cost import NotMeasurable, measure_kv
+
+    config = _config(settings, source)
+    request = _request(settings, source, device, config)
+    dtype = resolve_dtype(settings.torch_dtype, config, None if stored is None else stored.main_dtype)
+    quantised_by = _method(config)
+    model = _draw(request, config, dtype)
+    weights = count_weights(model, dtype, device, int4_group_size=INT4_GROUP_SIZE if settings.hqq else None)
+    widths = measure_widths(model, dtype)
+    kv: KVCost | None = None
+    why_no_kv = ""
+    try:
+        kv = measure_kv(model)
+    except NotMeasurable as error:
+        why_no_kv = str(error)
+    if kv is not None and kv.lane == "solo" and kv.is_certain and settings.static_cache:
+        raise StartupError(f"--static-cache True: this model keeps a cache of its own for each sequence: {kv.reason}")
+    demand = _demand(settings, model.config, device, weights, kv, widths)
+    free_bytes = loading._free_bytes(device)
+    return DryRun(
+        model=settings.hf_model,
+        architecture=type(model).__name__,
+        device=device,
+        dtype=str(dtype).removeprefix("torch."),
+        stored=stored,
+        why_not_stored=why_not_stored,
+        quantised_by=quantised_by,
+        weights=weights,
+        kv=kv,
+        why_no_kv=why_no_kv,
+        demand=demand,
+        free_bytes=free_bytes,
+        plan=make_plan(demand, free_bytes),
+    )
+
+
+def _config(settings: Settings, source: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            source, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        # Serving could go on with a class of one's own, which brings its config; without it there is nothing to plan.
+        raise StartupError(f"--hf-model {settings.hf_model}: {loading._first_line(error)}") from error
+
+
+def _request(settings: Settings, source: str, device: str, config: Any) -> LoadRequest:
+    from engine.model.loader import LoadRequest, family_of
+
+    return LoadRequest(
+        name=source,
+        model_type=loading.model_type_for(settings, family_of(config)),
+        dtype=settings.torch_dtype,
+        device=device,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def _method(config: Any) -> str | None:
+    """How the checkpoint is quantised already."""
+    quantisation = getattr(config, "quantization_config", None)
+    if not quantisation:
+        return None
+    entries = quantisation if isinstance(quantisation, dict) else vars(quantisation)
+    return str(entries.get("quant_method", "an unnamed method"))
+
+
+def _draw(request: LoadRequest, config: Any, dtype: Any) -> Any:
+    from transformers import GenerationConfig
+
+    from engine.model.blueprint import draw
+    from engine.model.loader import LoadError
+
+    try:
+        model = draw(request, config, dtype)
+    except LoadError as error:
+        raise StartupError(" ".join(str(error).split())) from error
+    with suppress(OSError):  # many checkpoints have none
+        # It may ask for another kind of cache than the model's own.
+        model.generation_config = GenerationConfig.from_pretrained(request.name, revision=request.revision)
+    return model
+
+
+def _demand(
+    settings: Settings, config: Any, device: str, weights: WeightBytes, kv: KVCost | None, widths: Widths
+) -> Demand:
+    from engine.build import SMALLEST_SLOT
+    from engine.model.loader import decoder_positions
+
+    max_model_len = loading._max_model_len(settings, decoder_positions(config))
+    default_tokens = loading.MAX_BATCH_TOKENS_CPU if device == "cpu" else loading.MAX_BATCH_TOKENS_ACCELERATOR
+    max_num_seqs = settings.continuous_batching_batch_size
+    return Demand(
+        resident_bytes=weights.total,
+        scratch_bytes=weights.largest_layer,
+        widths=widths,
+        num_step_tokens=settings.max_batch_tokens or max(default_tokens, max_num_seqs),
+        kv=kv,
+        kv_cache_memory=settings.kv_cache_memory,
+        kv_share=loading.KV_SHARE_OF_FREE_MEMORY,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        max_source_len=settings.static_cache_encoder_max_length if settings.static_cache else None,
+        is_static=settings.static_cache,
+        smallest_slot=SMALLEST_SLOT,
+    )
