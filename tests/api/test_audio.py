@@ -122,7 +122,7 @@ def test_streamed_text_and_subtitles_are_events_whose_data_is_the_file(response_
 
 
 def test_errors_after_the_200_are_an_event_followed_by_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "STATUS_WAIT_S", 0.01)
+    monkeypatch.setattr(answers, "STATUS_WAIT_S", 0.0)
 
     async def scenario() -> None:
         async with speech_app() as app:
@@ -131,7 +131,7 @@ def test_errors_after_the_200_are_an_event_followed_by_done(monkeypatch: pytest.
                 *_, last = sse_data(await app.post({"stream": "true", "response_format": response_format}))[:-1]
                 assert json.loads(last)["error"]["code"] == "server_error"
                 # What decodes for longer than the status line waits.
-                app.manager.script = plays(0.05, AudioError("not audio"))
+                app.manager.script = plays(0.1, AudioError("not audio"))
                 (last,) = sse_data(await app.post({"stream": "true", "response_format": response_format}))[:-1]
                 assert json.loads(last)["error"] == {
                     "message": "not audio",

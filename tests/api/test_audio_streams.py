@@ -172,5 +172,5 @@ def test_what_is_no_form_is_refused_quickly(server: SpeechServer, body: bytes, s
     start = time.monotonic()
     with send(server, body) as connection:
         found, error = answer_of(connection)
-    assert found == status and rule in error["message"] and time.monotonic() - start < 2
+    assert found == status and rule in error["message"] and time.monotonic() - start < 5
     assert not server.manager.asked and server.manager.num_admitted == 0
