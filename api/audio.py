@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Annotated, Protocol, cast
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import ValidationError
@@ -33,13 +33,6 @@ from runtime.transcription import Finished, Task, TranscriptionEvent, Transcript
 logger = logging.getLogger(__name__)
 
 router = APIRouter()
-
-
-class Transcriber(Protocol):
-    """What a manager of a speech model does."""
-
-    def transcribe(self, request: TranscriptionRequest) -> AsyncGenerator[TranscriptionEvent, None]:
-        """A Recording, then segments in order, then Finished; closing it frees everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +112,7 @@ async def _transcribe(
     """The events of a transcription, counted; closing it ends the transcription."""
     tally = RecordingTally(parts.metrics, asked.arrival_time_s)
     try:
-        async with aclosing(cast(Transcriber, parts.manager).transcribe(asked)) as events:
+        async with aclosing(parts.manager.transcribe(asked)) as events:
             async for event in events:
                 tally.take(event)
                 if isinstance(event, Finished):

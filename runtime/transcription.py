@@ -55,7 +55,7 @@ class TranscriptionRequest:
         arrival_time_s: time.monotonic() of the request's arrival.
     """
 
-    audio: bytes
+    audio: bytes = field(repr=False)
     task: Task = "transcribe"
     language: str | None = None
     prompt: str = ""
