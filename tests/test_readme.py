@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from config import Settings, _describe  # the one description of an option that --help shows too
+from runtime.model_loading import DEMO_MODELS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -49,7 +50,21 @@ def blocks(text: str) -> list[Block]:
 
 BLOCKS = blocks(README.read_text(encoding="utf-8"))
 STARTS = [block for block in BLOCKS if block.starts_a_server]
-CLIENTS = [block for block in BLOCKS if block.language in ("bash", "python") and not block.starts_a_server]
+
+
+def clients() -> list[tuple[int, Block]]:
+    """Each block that asks a server, and which of STARTS it asks: the one started last before it."""
+    found = []
+    number = -1
+    for block in BLOCKS:
+        if block.starts_a_server:
+            number += 1
+        elif block.language in ("bash", "python"):
+            found.append((number, block))
+    return found
+
+
+CLIENTS = clients()
 
 
 def options_table() -> str:
@@ -154,22 +169,44 @@ class Server:
             self.popen.stderr.close()
 
 
+class Servers:
+    """One server at a time: the one that was asked for last."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._number = -1
+        self._running: Server | None = None
+
+    def get(self, number: int) -> Server:
+        if self._running is None or number != self._number:
+            self.end()
+            self._number, self._running = number, Server(STARTS[number], self._root)
+            self._running.wait_until_ready()
+        return self._running
+
+    def end(self) -> None:
+        if self._running is not None:
+            running, self._running = self._running, None
+            assert running.end() == 0
+
+
 @pytest.fixture(scope="module")
-def server(checkout: Path) -> Iterator[Server]:
-    server = Server(STARTS[0], checkout)
+def servers(checkout: Path) -> Iterator[Servers]:
+    servers = Servers(checkout)
     try:
-        server.wait_until_ready()
-        yield server
+        yield servers
     finally:
-        exit_code = server.end()
-    assert exit_code == 0
+        servers.end()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the commands are those of a POSIX shell")
-@pytest.mark.parametrize("block", CLIENTS, ids=lambda block: block.text.split("\n", 1)[0][:40])
-def test_every_command_and_program_runs(block: Block, server: Server, checkout: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "block"), CLIENTS, ids=lambda value: getattr(value, "text", "").split("\n", 1)[0][:40]
+)
+def test_every_command_and_program_runs(number: int, block: Block, servers: Servers, checkout: Path) -> None:
     if "curl" in block.text and shutil.which("curl") is None:
         pytest.skip("no curl here")
+    server = servers.get(number)
     text = block.text.replace(PORT_IN_README, str(server.port))
     text = text.replace("example_client.py", f"example_client.py --base-url http://127.0.0.1:{server.port}/v1")
     command = (
@@ -184,8 +221,9 @@ def test_every_command_and_program_runs(block: Block, server: Server, checkout: 
 
 
 def test_there_is_something_to_run_and_nothing_that_no_test_runs() -> None:
-    assert len(STARTS) == 1  # the server that all others talk to
-    assert len(CLIENTS) >= 7
+    assert [start.text for start in STARTS] == [f"./start.sh --hf-model {name}\n" for name in DEMO_MODELS]
+    assert len(CLIENTS) >= 10
+    assert {number for number, _ in CLIENTS} == {0, 1, 2}
     assert {block.language for block in BLOCKS} == {"bash", "python", "powershell", "text"}
     assert [block.text for block in BLOCKS if block.language == "powershell"] == [".\\start.ps1 --hf-model demo\n"]
     assert (ROOT / "start.ps1").is_file()
@@ -234,10 +272,12 @@ def test_every_metric_that_the_text_names_exists_and_the_other_way_round() -> No
 
 
 def test_every_field_that_the_text_says_works_is_a_field() -> None:
-    from models import ChatCompletionRequest, CompletionRequest
+    from models import ChatCompletionRequest, CompletionRequest, TranscriptionBody
 
     section = README.read_text(encoding="utf-8").split("## What works")[1].split("Every path")[0]
-    known = {"messages"} | set(ChatCompletionRequest.model_fields) | set(CompletionRequest.model_fields)
+    known = {"messages", "file", "generate"}
+    for model in (ChatCompletionRequest, CompletionRequest, TranscriptionBody):
+        known |= set(model.model_fields)
     named = set(re.findall(r"`([a-z_]+)(?:\.[a-z_]+)?`", section))
     assert named - known == set()
 
