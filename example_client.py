@@ -1,7 +1,7 @@
-"""A tour of the API with the openai package: models, chat, stream, completions, log-probabilities, an error.
+"""A tour of the API with the openai package: models, then what the served one knows (chat, texts, speech), an error.
 
-Knows nothing of the server but its address; start one first: ./start.sh --hf-model demo
-Run as `python example_client.py [--base-url URL] [--api-key KEY]`; the exit code is 1 when the tour cannot be made.
+Knows nothing of the server but its address; start one first: ./start.sh --hf-model demo (or demo-t5, demo-whisper)
+Run as `python example_client.py [--base-url URL] [--api-key KEY] [--audio FILE]`; exit code 1: no tour could be made.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
 DEFAULT_BASE_URL = "http://127.0.0.1:7088/v1"
+# Digits, spoken by a machine: what the demo speech model understands.
+DEFAULT_AUDIO = Path(__file__).parent / "demo" / "whisper" / "audio" / "digits.flac"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -24,6 +27,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--base-url", default=DEFAULT_BASE_URL, help="where the server is (default: %(default)s)")
     # The package insists on a key; a server without --api-key takes any.
     parser.add_argument("--api-key", default="none", help="key, if the server asks for one")
+    parser.add_argument("--audio", type=Path, default=DEFAULT_AUDIO, help="what a speech model is given to hear")
     arguments = parser.parse_args(argv)
     try:
         import openai
@@ -31,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         return _fail("the openai package is missing: pip install openai")
     client = openai.OpenAI(base_url=arguments.base_url, api_key=arguments.api_key)
     try:
-        tour(client)
+        tour(client, arguments.audio)
     except openai.APITimeoutError:
         return _fail(f"the server at {arguments.base_url} did not answer in time")
     except openai.APIConnectionError:
@@ -41,18 +45,27 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def tour(client: OpenAI) -> None:
-    """Every kind of request once."""
-    model = show_models(client)
-    chat(client, model)
-    stream(client, model)
-    complete(client, model)
-    show_logprobs(client, model)
-    handle_an_error(client)
+def tour(client: OpenAI, audio: Path) -> None:
+    """Every kind of request that the served model knows, once."""
+    model, family = show_models(client)
+    if family == "speech":
+        transcribe(client, model, audio)
+        time_words(client, model, audio)
+        stream_transcript(client, model, audio)
+        translate(client, model, audio)
+    elif family == "encoder-decoder":
+        convert(client, model)
+        search_with_beams(client, model)
+    else:
+        chat(client, model)
+        stream(client, model)
+        complete(client, model)
+        show_logprobs(client, model)
+    handle_an_error(client, family)
 
 
-def show_models(client: OpenAI) -> str:
-    """Lists what is served; returns the name that requests use."""
+def show_models(client: OpenAI) -> tuple[str, str]:
+    """Lists what is served; returns the name that requests use, and what kind of model it is."""
     _title("Models")
     models = client.models.list().data
     for entry in models:
@@ -61,7 +74,7 @@ def show_models(client: OpenAI) -> str:
             f"{entry.id}: {facts.get('architecture')}, {facts.get('dtype')} on {facts.get('device')}, "
             f"context of {facts.get('max_model_len')} tokens"
         )
-    return models[0].id
+    return models[0].id, str((models[0].model_extra or {}).get("family", "decoder"))
 
 
 def chat(client: OpenAI, model: str) -> None:
@@ -132,13 +145,74 @@ def show_logprobs(client: OpenAI, model: str) -> None:
         print(f"{entry.token!r:>16} {math.exp(entry.logprob):>5.0%}   of {others}")
 
 
-def handle_an_error(client: OpenAI) -> None:
+def convert(client: OpenAI, model: str) -> None:
+    """An encoder-decoder: the prompt is what it reads, the answer what it makes of it."""
+    _title("Text to text")
+    for text in ("date: March 5th, 2021", "digits: two hundred and five", "words: 60017"):
+        completion = client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": text}], temperature=0, max_tokens=60
+        )
+        print(f"{text} -> {completion.choices[0].message.content}")
+
+
+def search_with_beams(client: OpenAI, model: str) -> None:
+    """The likeliest answers as a whole; what OpenAI's API does not have goes into extra_body."""
+    _title("Beam search")
+    completion = client.completions.create(
+        model=model, prompt="words: 1234", max_tokens=40, n=3, temperature=0, extra_body={"num_beams": 4}
+    )
+    for choice in completion.choices:
+        print(choice.text)
+
+
+def transcribe(client: OpenAI, model: str, audio: Path) -> None:
+    """What is said, and as subtitles."""
+    _title(f"Transcription of {audio.name}")
+    with audio.open("rb") as file:
+        print(client.audio.transcriptions.create(model=model, file=file).text)
+    with audio.open("rb") as file:
+        print(client.audio.transcriptions.create(model=model, file=file, response_format="srt"))
+
+
+def time_words(client: OpenAI, model: str, audio: Path) -> None:
+    """When each word is said."""
+    _title("Word times")
+    with audio.open("rb") as file:
+        verbose = client.audio.transcriptions.create(
+            model=model, file=file, response_format="verbose_json", timestamp_granularities=["word", "segment"]
+        )
+    print(f"language {verbose.language}, {verbose.duration} s")
+    for word in verbose.words or []:
+        print(f"{word.start:7.2f} {word.end:7.2f}  {word.word}")
+
+
+def stream_transcript(client: OpenAI, model: str, audio: Path) -> None:
+    """The text as it is decided."""
+    _title("Transcription, streamed")
+    with audio.open("rb") as file:
+        for event in client.audio.transcriptions.create(model=model, file=file, stream=True):
+            if event.type == "transcript.text.delta":
+                print(event.delta, end="", flush=True)
+    print()
+
+
+def translate(client: OpenAI, model: str, audio: Path) -> None:
+    """What is said, in English."""
+    _title("Translation")
+    with audio.open("rb") as file:
+        print(client.audio.translations.create(model=model, file=file).text)
+
+
+def handle_an_error(client: OpenAI, family: str) -> None:
     """What a mistake looks like to a client."""
     import openai
 
     _title("An error, handled")
     try:
-        client.chat.completions.create(model="no-such-model", messages=[{"role": "user", "content": "Hi"}])
+        if family == "speech":
+            client.audio.transcriptions.create(model="no-such-model", file=("nothing.wav", b"RIFF"))
+        else:
+            client.chat.completions.create(model="no-such-model", messages=[{"role": "user", "content": "Hi"}])
     except openai.NotFoundError as error:
         print(f"{type(error).__name__}: {_message(error)} (code {error.code})")
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from example_client import DEFAULT_BASE_URL, main
-from tests.e2e.serving_tiny import TinyServer, serve_tiny
+from example_client import DEFAULT_AUDIO, DEFAULT_BASE_URL, main
+from tests.e2e.serving_tiny import TinyServer, serve, serve_tiny
 
 STATIONS = ("Models", "Chat", "Chat, streamed", "Text completion", "Log-probabilities", "An error, handled")
 
@@ -34,6 +34,32 @@ def test_the_tour_visits_every_station(server: TinyServer, capsys: pytest.Captur
     assert lines[-1].endswith("(code model_not_found)")
     assert any(line.endswith(" tokens read, 60 written)") or "(stop; " in line for line in lines)
     assert sum("Once upon a time|" in line for line in lines) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "stations", "said"),
+    [
+        ("demo-t5", ("Text to text", "Beam search"), "words: 60017 -> sixty thousand and seventeen"),
+        (
+            "demo-whisper",
+            (f"Transcription of {DEFAULT_AUDIO.name}", "Word times", "Transcription, streamed", "Translation"),
+            "00:00:00,000 --> ",
+        ),
+    ],
+)
+def test_the_tour_shows_what_the_model_knows(
+    name: str, stations: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serve(name) as server:
+        assert main(["--base-url", server.base_url]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    lines = shown.out.splitlines()
+    for station in ("Models", *stations, "An error, handled"):
+        place = lines.index(station)
+        assert lines[place + 2].strip(), station
+    assert said in shown.out
+    assert lines[-1].endswith("(code model_not_found)")
 
 
 def test_without_a_server_there_is_one_line_that_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
