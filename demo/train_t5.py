@@ -10,7 +10,7 @@ import argparse
 import json
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,16 +95,17 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> T5ForConditionalGeneratio
 
 
 def train(
-    recipe: Recipe, checkpoints: Path, start_from: Path | None = None
+    recipe: Recipe, checkpoints: Path | None = None, start_from: Sequence[Path] = ()
 ) -> tuple[T5ForConditionalGeneration, PreTrainedTokenizerFast]:
-    """The trained model, in bfloat16, and its tokenizer; a checkpoint is left behind every 200 steps."""
+    """The trained model, in bfloat16, and its tokenizer.
+
+    Args:
+        checkpoints: where one is left behind every 200 steps, named by the step.
+        start_from: checkpoints of one training to go on from, at the mean of their weights.
+    """
     torch.manual_seed(recipe.seed)
-    if start_from is None:
-        tokenizer = train_tokenizer(recipe.seed)
-        model = build_model(tokenizer)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(start_from)
-        model = T5ForConditionalGeneration.from_pretrained(start_from, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(start_from[0]) if start_from else train_tokenizer(recipe.seed)
+    model = mean_model(start_from) if start_from else build_model(tokenizer)
     model.set_attn_implementation("eager")
     _log.info("parameters: %s", sum(p.numel() for p in model.parameters()))
     rates = Rates(
@@ -135,9 +136,22 @@ def train(
                 mean_loss,
                 progress.share,
             )
-        if progress.step % 200 == 0:
-            save(model, tokenizer, checkpoints)
+        if checkpoints is not None and progress.step % 200 == 0:
+            save(model, tokenizer, checkpoints / f"step-{progress.step}")
     return model, tokenizer
+
+
+def mean_model(checkpoints: Sequence[Path]) -> T5ForConditionalGeneration:
+    """The model, in float32, whose weights are the mean of these checkpoints'.
+
+    While the learning rate is high each checkpoint is wrong in ways of its own; their mean is right far more often.
+    """
+    models = [T5ForConditionalGeneration.from_pretrained(path, dtype=torch.float32) for path in checkpoints]
+    mean = models[0]
+    with torch.no_grad():
+        for parameters in zip(*(model.parameters() for model in models), strict=True):
+            parameters[0].copy_(torch.stack(parameters).mean(0))
+    return mean
 
 
 def _matrix_scale(name: str, parameter: torch.nn.Parameter) -> float:
@@ -202,8 +216,13 @@ def main() -> None:
     """Reads the few options, trains, writes."""
     parser = argparse.ArgumentParser(prog="python -m demo.train_t5", description="Trains the demo T5.")
     parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoint")
-    parser.add_argument("--checkpoints", type=Path, help="directory of unfinished checkpoints (default: --out)")
-    parser.add_argument("--start-from", type=Path, help="a checkpoint to go on from (default: from nothing)")
+    parser.add_argument(
+        "--checkpoints", type=Path, help="directory for unfinished checkpoints (default: none are kept)"
+    )
+    parser.add_argument(
+        "--start-from", type=Path, nargs="+", default=(), metavar="DIR",
+        help="a checkpoint to go on from, or several to go on from their mean (default: from nothing)",
+    )  # fmt: skip
     parser.add_argument("--num-threads", type=int, default=1, help="threads of the CPU to use (default: 1)")
     for name, default in asdict(Recipe()).items():
         parser.add_argument(
@@ -211,8 +230,8 @@ def main() -> None:
         )
     given = vars(parser.parse_args())
     out: Path = given.pop("out")
-    start_from: Path | None = given.pop("start_from")
-    checkpoints: Path = given.pop("checkpoints") or out
+    start_from: Sequence[Path] = given.pop("start_from")
+    checkpoints: Path | None = given.pop("checkpoints")
     torch.set_num_threads(given.pop("num_threads"))
     recipe = Recipe(**given)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -62,7 +62,7 @@ def _is_held_out(key: str) -> bool:
 
 def _date(rng: random.Random, level: Level) -> Exchange:
     """`date: March 5th, 2021` -> `2021-03-05`."""
-    if level == 2 and rng.random() < 0.08:
+    if level == 2 and rng.random() < 0.12:
         date = impossible_date(rng)
         return Exchange(_prompt(rng, "date", as_written(rng, date)), NOT_A_DATE, date.iso())
     date = some_date(rng)
