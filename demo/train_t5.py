@@ -216,9 +216,7 @@ def main() -> None:
     """Reads the few options, trains, writes."""
     parser = argparse.ArgumentParser(prog="python -m demo.train_t5", description="Trains the demo T5.")
     parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoint")
-    parser.add_argument(
-        "--checkpoints", type=Path, help="directory for unfinished checkpoints (default: none are kept)"
-    )
+    parser.add_argument("--checkpoints", type=Path, help="directory for unfinished checkpoints (default: none)")
     parser.add_argument(
         "--start-from", type=Path, nargs="+", default=(), metavar="DIR",
         help="a checkpoint to go on from, or several to go on from their mean (default: from nothing)",
