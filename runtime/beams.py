@@ -145,5 +145,5 @@ class Beams:
         is_exact = self.params.early_stopping == "never" and penalty > 0
         length = self._length(self.max_tokens if is_exact else num_tokens)
         best = self.live[0].score if self.live else candidates[0].score + _OUT
-        worth: float = best / length**penalty
-        return worth > self.finished[-1].score
+        best_possible: float = best / length**penalty
+        return best_possible > self.finished[-1].score

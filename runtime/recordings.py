@@ -14,8 +14,8 @@ from runtime.transcription import VadChunking
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    from audio.features import FeatureExtractor
 
+    from audio.features import FeatureExtractor
     from runtime.speech_audio import Samples
 
 
@@ -55,9 +55,11 @@ class Recordings:
 
         return log_mel(samples, self._extractor)
 
-    def token_times(self, alignment: npt.NDArray[np.float32], num_positions: int) -> list[float]:
-        """When each token of an alignment [heads, tokens, positions] begins, in seconds, never falling."""
+    def token_times(
+        self, alignment: npt.NDArray[np.float32], *, first_row: int, num_tokens: int, num_positions: int
+    ) -> list[float]:
+        """When each token begins, and when the last ends; see SpeechAudio."""
         from audio.alignment import token_times
 
-        times = token_times(alignment, num_positions)
+        times = token_times(alignment, num_positions, first_row=first_row, num_tokens=num_tokens)
         return [start_s for start_s, _ in times] + [times[-1][1]]

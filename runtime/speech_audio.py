@@ -42,10 +42,15 @@ class SpeechAudio(Protocol):
     def features(self, samples: Samples) -> npt.NDArray[np.float32]:
         """The spectrogram of one window, float32 [mel bins, frames], silence after its end."""
 
-    def token_times(self, alignment: npt.NDArray[np.float32], num_positions: int) -> list[float]:
-        """When each token of an alignment begins, in seconds, never falling.
+    def token_times(
+        self, alignment: npt.NDArray[np.float32], *, first_row: int, num_tokens: int, num_positions: int
+    ) -> list[float]:
+        """When each token begins, and when the last ends, in seconds from the window's beginning; never falling.
 
         Args:
-            alignment: float32 [heads, tokens, encoder positions].
+            alignment: float32 [heads, rows, encoder positions], a row for each token of a prompt.
+            first_row: from which the first of the tokens was written; the others follow, and the row after them is
+                the one that ended the text.
+            num_tokens: at least 1.
             num_positions: those that hold sound, from the first on.
         """

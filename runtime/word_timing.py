@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from engine.sequence import SamplingParams, Source
@@ -21,9 +22,6 @@ from runtime.workers import WorkShare
 from text.words import UNSPACED_LANGUAGES, ends_sentence, split_words
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from text.speech import SpeechText
 
 # Pauses are given to the words beside them; nobody speaks one word for much longer than twice the usual time, and the
@@ -88,7 +86,7 @@ class WordTimer:
         is_spaced = self.manner.language not in UNSPACED_LANGUAGES or self.manner.task == "translate"
         for stretch in stretches:
             spans = split_words(self.text.pieces(stretch.text_ids), is_spaced=is_spaced)
-            found.append([Word(s.text, times[first + s.start], times[first + s.stop]) for s in spans])
+            found.append([Word(s.text, times[first + s.sound_start], times[first + s.sound_stop]) for s in spans])
             first += len(stretch.text_ids)
         max_s = _longest_credible(found)
         return [
@@ -103,15 +101,21 @@ class WordTimer:
         # The end token and what begins the prompt need room too. A transcript so long has gone wrong anyway.
         num_others = len(alignment_prompt(self.model, self.manner, ())[0])
         aligned = text_ids[: self.model.max_target_positions - num_others]
-        prompt, first = alignment_prompt(self.model, self.manner, aligned)
+        prompt, first_row = alignment_prompt(self.model, self.manner, aligned)
         params = SamplingParams(max_tokens=0, temperature=0.0, is_aligning=True)
         result = await self.sequences.run(prompt, params, source, submitted_time_s=submitted_time_s)
-        alignment = result.alignment
-        if alignment is None:
+        if result.alignment is None:
             raise RuntimeError("the engine did not align the transcript")
-        rows: npt.NDArray[np.float32] = alignment[:, first : first + len(aligned) + 1]
         num_positions = min(-(-num_samples // SAMPLES_PER_POSITION), self.model.num_positions)
-        times = await self.work.run(lambda: self.audio.token_times(rows, num_positions))
+        times = await self.work.run(
+            partial(
+                self.audio.token_times,
+                result.alignment,
+                first_row=first_row,
+                num_tokens=len(aligned),
+                num_positions=num_positions,
+            )
+        )
         end_s = num_positions * SAMPLES_PER_POSITION / SAMPLE_RATE_HZ
         return times + [end_s] * (len(text_ids) + 1 - len(times))
 

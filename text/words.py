@@ -7,18 +7,15 @@ Called by runtime/word_timing.py.
 from __future__ import annotations
 
 import codecs
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Codes of languages that are written without spaces: there every character that is whole can begin a word.
+# Codes of languages that are written without spaces: there every character that is whole can be a word.
 UNSPACED_LANGUAGES = frozenset({"zh", "ja", "th", "lo", "my", "yue"})
-SENTENCE_ENDS = frozenset(".。!！?？")
-# Marks that open belong to the word they stand before, marks that close to the word they stand after; straight quotes
-# do either, by which side has the space.
-_OPENING = frozenset("\"'“¡¿([{-")
-_CLOSING = frozenset("\"'.。,，!！?？:：”)]}、")
-_PUNCTUATION = frozenset(string.punctuation)
+_SENTENCE_ENDS = frozenset(".。!！?？")
+_OPENING = frozenset("“‘«‹¿¡([{「『（《〈【")
+_CLOSING = frozenset(".,!?:;…”’»›)]}。，．、！？：；」』）》〉】")
+_EITHER = frozenset("\"'-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +23,30 @@ class WordSpan:
     """A word and the tokens it is made of.
 
     Args:
-        text: with the space before it, where there is one.
+        text: with the space before it, where there is one, and the punctuation at it.
         start, stop: tokens [start, stop).
+        sound_start, sound_stop: those of them that are heard: punctuation lies in the pause beside a word.
     """
 
     text: str
     start: int
     stop: int
+    sound_start: int
+    sound_stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """Tokens whose text is whole characters."""
+
+    text: str
+    start: int
+    stop: int
+
+    @property
+    def marks(self) -> frozenset[str]:
+        """Its characters, spaces around them aside."""
+        return frozenset(self.text.strip())
 
 
 def split_words(pieces: Sequence[bytes], *, is_spaced: bool = True) -> list[WordSpan]:
@@ -44,69 +58,67 @@ def split_words(pieces: Sequence[bytes], *, is_spaced: bool = True) -> list[Word
     Returns:
         Words in order; their texts joined are the text, and every token is in one of them.
     """
-    units = _whole_units(pieces)
-    words = _join_at_spaces(units) if is_spaced else units
-    return _attach_closing(_attach_opening(words))
+    units = _units(pieces)
+    groups = _at_spaces(units) if is_spaced else _at_characters(units)
+    return [_span(group) for group in groups]
 
 
 def ends_sentence(word: str) -> bool:
     """Whether a sentence ends with this word, quotes and brackets after the mark or not."""
-    bare = word.rstrip().rstrip("\"'”)]}")
-    return bool(bare) and bare[-1] in SENTENCE_ENDS
+    bare = word.rstrip().rstrip("\"'”’»›)]}」』）》〉】")
+    return bool(bare) and bare[-1] in _SENTENCE_ENDS
 
 
-def _whole_units(pieces: Sequence[bytes]) -> list[WordSpan]:
+def _units(pieces: Sequence[bytes]) -> list[_Unit]:
     """Tokens, joined where one ends in the middle of a character."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    units: list[WordSpan] = []
+    units: list[_Unit] = []
     text, start = "", 0
     for index, piece in enumerate(pieces):
         text += decoder.decode(piece)
         if decoder.getstate()[0]:
             continue
-        units.append(WordSpan(text, start, index + 1))
+        units.append(_Unit(text, start, index + 1))
         text, start = "", index + 1
     if start < len(pieces):
-        units.append(WordSpan(text + decoder.decode(b"", final=True), start, len(pieces)))
+        units.append(_Unit(text + decoder.decode(b"", final=True), start, len(pieces)))
     return units
 
 
-def _join_at_spaces(units: list[WordSpan]) -> list[WordSpan]:
-    words: list[WordSpan] = []
+def _at_spaces(units: Sequence[_Unit]) -> list[list[_Unit]]:
+    groups: list[list[_Unit]] = []
     for unit in units:
-        stripped = unit.text.strip()
-        is_mark = bool(stripped) and set(stripped) <= _PUNCTUATION
-        if not words or is_mark or unit.text.startswith(" "):
-            words.append(unit)
+        if groups and not unit.text[:1].isspace():
+            groups[-1].append(unit)
         else:
-            words[-1] = _joined(words[-1], unit)
-    return words
+            groups.append([unit])
+    return groups
 
 
-def _attach_opening(words: list[WordSpan]) -> list[WordSpan]:
-    """An opening mark that has a space before it goes to the word after it, and so does a space alone."""
-    joined: list[WordSpan] = []
-    for word in reversed(words):
-        is_opening = word.text.startswith(" ") and set(word.text.strip()) <= _OPENING
-        # With a space on its other side too, it is a dash between words.
-        if is_opening and joined and not joined[-1].text.startswith(" "):
-            joined[-1] = _joined(word, joined[-1])
+def _at_characters(units: Sequence[_Unit]) -> list[list[_Unit]]:
+    """What closes goes to the word before it, what opens, and spaces alone, to the word after it."""
+    groups: list[list[_Unit]] = []
+    is_open = False  # whether the last group waits for its word
+    for unit in units:
+        is_closing = bool(unit.text) and unit.marks <= _CLOSING | _EITHER and not unit.text[0].isspace()
+        if groups and (is_open or is_closing or not unit.text):
+            groups[-1].append(unit)
         else:
-            joined.append(word)
-    return joined[::-1]
+            groups.append([unit])
+        is_open = (is_open or len(groups[-1]) == 1) and unit.marks <= _OPENING
+    return groups
 
 
-def _attach_closing(words: list[WordSpan]) -> list[WordSpan]:
-    """A closing mark without a space before it goes to the word before it."""
-    joined: list[WordSpan] = []
-    for word in words:
-        is_closing = bool(word.text) and set(word.text) <= _CLOSING
-        if joined and (is_closing or not word.text) and not joined[-1].text.endswith(" "):
-            joined[-1] = _joined(joined[-1], word)
-        else:
-            joined.append(word)
-    return joined
-
-
-def _joined(one: WordSpan, other: WordSpan) -> WordSpan:
-    return WordSpan(one.text + other.text, one.start, other.stop)
+def _span(units: Sequence[_Unit]) -> WordSpan:
+    first, last = 0, len(units)
+    while last > 1 and units[last - 1].marks <= _CLOSING | _EITHER:
+        last -= 1
+    while first < last - 1 and units[first].marks <= _OPENING | _EITHER:
+        first += 1
+    return WordSpan(
+        "".join(unit.text for unit in units),
+        units[0].start,
+        units[-1].stop,
+        units[first].start,
+        units[last - 1].stop,
+    )

@@ -75,9 +75,10 @@ class ScriptedAudio:
         self.num_features += 1
         return np.full((MODEL.num_mels, 4), samples[0], np.float32)
 
-    def token_times(self, alignment: Any, num_positions: int) -> list[float]:
-        assert alignment.dtype == np.float32
-        return [min(0.1 * index, num_positions * 0.02) for index in range(alignment.shape[1])]
+    def token_times(self, alignment: Any, *, first_row: int, num_tokens: int, num_positions: int) -> list[float]:
+        """A tenth of a second for each."""
+        assert alignment.dtype == np.float32 and first_row + num_tokens < alignment.shape[1]
+        return [min(0.1 * index, num_positions * 0.02) for index in range(num_tokens + 1)]
 
 
 @dataclass

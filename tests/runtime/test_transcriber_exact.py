@@ -52,7 +52,7 @@ class GlobalFeatures:
         cut = self._features[:, start : start + len(samples) // 160]
         return torch.nn.functional.pad(cut, (0, WINDOW_FRAMES - cut.shape[-1])).numpy()
 
-    def token_times(self, alignment: Any, num_positions: int) -> list[float]:
+    def token_times(self, alignment: Any, *, first_row: int, num_tokens: int, num_positions: int) -> list[float]:
         raise NotImplementedError
 
 

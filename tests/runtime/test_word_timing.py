@@ -28,10 +28,10 @@ class TimedAudio(ScriptedAudio):
     def __init__(self, times: list[float]) -> None:
         super().__init__()
         self.times = times
-        self.asked: list[tuple[Any, int]] = []
+        self.asked: list[tuple[Any, int, int, int]] = []
 
-    def token_times(self, alignment: Any, num_positions: int) -> list[float]:
-        self.asked.append((alignment, num_positions))
+    def token_times(self, alignment: Any, *, first_row: int, num_tokens: int, num_positions: int) -> list[float]:
+        self.asked.append((alignment, first_row, num_tokens, num_positions))
         return self.times
 
 
@@ -75,11 +75,12 @@ def even_times(*texts: str) -> list[float]:
 def test_the_rows_are_those_from_which_each_token_and_the_end_were_written() -> None:
     audio = TimedAudio(even_times("fox dog"))
     _, (request,) = time_words(text_of("fox dog"), audio)
-    ((alignment, num_positions),) = audio.asked
-    # Start, language and task come before; the row of <|notimestamps|> wrote the first word.
-    assert alignment[0, :, 0].tolist() == list(range(3, 3 + len(says("fox dog")) + 1))
-    assert request.prompt_token_ids[3] == MODEL.no_timestamps_id
-    assert request.prompt_token_ids[4:] == [*says("fox dog"), MODEL.end_id]
+    ((alignment, first_row, num_tokens, num_positions),) = audio.asked
+    # All rows are given, since what is usual for a frame counts; that of <|notimestamps|> wrote the first word.
+    assert alignment[0, :, 0].tolist() == list(range(len(request.prompt_token_ids)))
+    assert request.prompt_token_ids[first_row] == MODEL.no_timestamps_id
+    assert request.prompt_token_ids[first_row + 1 :] == [*says("fox dog"), MODEL.end_id]
+    assert num_tokens == len(says("fox dog"))
     assert num_positions == 500
     assert request.params.is_aligning and request.params.max_tokens == 0 and request.source is SOURCE
 
@@ -88,7 +89,7 @@ def test_the_rows_are_those_from_which_each_token_and_the_end_were_written() -> 
 def test_padding_is_not_looked_at(num_samples: int, expected: int) -> None:
     audio = TimedAudio(even_times("fox"))
     time_words(text_of("fox"), audio, num_samples=num_samples)
-    assert audio.asked[0][1] == expected
+    assert audio.asked[0][3] == expected
 
 
 def test_a_word_lasts_from_its_first_token_to_the_next_words() -> None:
@@ -99,6 +100,14 @@ def test_a_word_lasts_from_its_first_token_to_the_next_words() -> None:
     borders = [0.1 * sum(num[:index]) for index in range(5)]
     found = [time for word in (*first, *second) for time in (word.start_s, word.end_s)]
     assert found == pytest.approx([time for pair in itertools.pairwise(borders) for time in pair])
+
+
+def test_punctuation_lies_in_the_pause_after_a_word() -> None:
+    num = [len(says(word)) for word in ("fox", "dog")]
+    (words,), _ = time_words(text_of("fox, dog."), TimedAudio(even_times("fox, dog.")))
+    assert [word.text for word in words] == [" fox,", " dog."]
+    times = [time for word in words for time in (word.start_s, word.end_s)]
+    assert times == pytest.approx([0.0, 0.1 * num[0], 0.1 * (num[0] + 1), 0.1 * (num[0] + 1 + num[1])])
 
 
 def test_a_pause_is_taken_from_the_words_beside_it() -> None:
