@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
@@ -67,6 +68,11 @@ def _check_origin(origin: str) -> str:
     if origin != "*" and not (parts.scheme and parts.netloc and is_bare):
         raise ValueError("should be * or an origin such as https://chat.example.org, without a path")
     return origin
+
+
+def _to_number(value: object) -> object:
+    """Digits as a number, where only certain numbers will do."""
+    return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
 
 
 def _upper(value: object) -> object:
@@ -133,7 +139,7 @@ class Settings(BaseModel):
     )
     max_concurrent: int = _option(100, "most requests in the server at once; above it 429 with retry-after", ge=1)
     torch_profiling: bool = _option(False, "profile a few prefill and decode steps, and a few more at each SIGUSR1")
-    hqq: bool = _option(False, "int4 weights by HQQ (not available yet)")
+    hqq: bool = _option(False, "int4 weights by HQQ: a quarter of the memory of linear layers, fastest for few streams")
     torch_compile: bool = _option(False, "compile the necessary forwards (not available yet)")
     torch_compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = _option(
         "reduce-overhead", "torch.compile's mode"
@@ -179,6 +185,16 @@ class Settings(BaseModel):
     allowed_origins: Annotated[
         tuple[Annotated[str, AfterValidator(_check_origin)], ...], BeforeValidator(_to_items)
     ] = _option((), "origin whose web pages may call (CORS), or *; repeatable, comma separated", shown="none")
+    hqq_group_size: Annotated[Literal[32, 64, 128, 256], BeforeValidator(_to_number)] = _option(
+        64, "weights that share a scale with --hqq True"
+    )
+    hqq_report: bool = _option(False, "log how far --hqq True moves the logits; loads the model in bfloat16 first")
+    cache_dir: str | None = _option(
+        None,
+        "where what was made once is kept for the next start: int4 weights, compiled kernels",
+        shown="transformers-openai-api in the user's cache",
+        min_length=1,
+    )
     strict_parameters: bool = _option(False, "answer 400 to request fields nobody knows, instead of naming them")
     seed: Annotated[int | None, NoneWord] = _option(
         None, "makes the seeds of requests without one repeatable", shown="from the system", ge=0, lt=2**63
@@ -195,10 +211,7 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _refuse_what_cannot_be_honoured(self) -> Self:
-        for name, value, feature in (
-            ("hqq", True, "quantisation"),
-            ("torch_compile", True, "compilation"),
-        ):
+        for name, value, feature in (("torch_compile", True, "compilation"),):
             if getattr(self, name) == value:
                 raise _refusal(name, f"{feature} is not available in this version")
         for name, owner in (("torch_compile_mode", "--torch-compile True"),):
@@ -211,6 +224,7 @@ class Settings(BaseModel):
             and self.architecture_type == "decoder"
         ):
             raise _refusal("architecture_type", "should be encoder-decoder with --serving-type whisper")
+        self._check_hqq()
         if self.max_batch_tokens is not None and self.max_batch_tokens < self.continuous_batching_batch_size:
             raise _refusal(
                 "max_batch_tokens",
@@ -218,6 +232,12 @@ class Settings(BaseModel):
                 f"(--continuous-batching-batch-size {self.continuous_batching_batch_size})",
             )
         return self
+
+    def _with_cache_in(self, environ: Mapping[str, str]) -> Self:
+        """The same with a place for the cache; still not one that the operator gave."""
+        settings = self.model_copy(update={"cache_dir": _cache_dir(environ)})
+        settings.model_fields_set.discard("cache_dir")
+        return settings
 
     def _check_static_cache(self) -> None:
         if not self.static_cache:
@@ -229,6 +249,14 @@ class Settings(BaseModel):
             if getattr(self, other) is not None:
                 rule = "follows from --static-cache-decoder-max-length and the batch size with --static-cache True"
                 raise _refusal(other, rule)
+
+    def _check_hqq(self) -> None:
+        if not self.hqq:
+            for name in ("hqq_group_size", "hqq_report"):
+                if self.is_given(name):
+                    raise _refusal(name, "has no effect without --hqq True")
+        elif self.torch_dtype in ("float16", "float32"):
+            raise _refusal("hqq", f"needs --torch-dtype bfloat16, not {self.torch_dtype}: int4 kernels are made for it")
 
     @classmethod
     def from_sources(cls, argv: Sequence[str], environ: Mapping[str, str]) -> Self:
@@ -248,7 +276,8 @@ class Settings(BaseModel):
             del variables["host"]
         given = variables | flags
         try:
-            return cls.model_validate(given)
+            settings = cls.model_validate(given)
+            return settings if settings.is_given("cache_dir") else settings._with_cache_in(environ)
         except ValidationError as error:
             first = error.errors()[0]
         name = str(first["loc"][0] if first["loc"] else first["ctx"]["field"])
@@ -258,6 +287,12 @@ class Settings(BaseModel):
         value = "(value not shown)" if name == "api_key" else " ".join(text.split())
         option = _describe(name)
         refuse(f"{f'{option.flag} {value}' if name in flags else f'{option.variable}={value} ({option.flag})'}: {rule}")
+
+
+def _cache_dir(environ: Mapping[str, str]) -> str:
+    """Where this user's programs keep what they can make again."""
+    local = environ.get("XDG_CACHE_HOME") or environ.get("LOCALAPPDATA")
+    return str((Path(local) if local else Path.home() / ".cache") / "transformers-openai-api")
 
 
 def _describe(name: str) -> Option:

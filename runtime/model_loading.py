@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import Settings, StartupError
 from engine.config import EngineConfig
+from runtime.model_fit import check_fit, check_loaded, first_line, model_type_for
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -38,11 +39,12 @@ MAX_BATCH_TOKENS_ACCELERATOR = 2048
 KV_SHARE_OF_FREE_MEMORY = 0.8
 # Recurrent models and ALiBi have no bound of their own, but an engine needs one to plan by.
 MAX_MODEL_LEN_OF_UNBOUNDED = 32_768
-_MODEL_TYPES: dict[Family, str] = {
-    "decoder": "AutoModelForCausalLM",
-    "encoder-decoder": "AutoModelForSeq2SeqLM",
-    "speech": "AutoModelForSpeechSeq2Seq",
-}
+# What --hqq-report True measures on: always the same, so that two starts can be compared.
+REPORT_TEXT = (
+    "The harbour master opened the ledger at six every morning, wrote down the ships that had come in overnight, and "
+    "put a small cross beside those that carried salt. In 1887 there were 214 of them. Nobody asked him why he counted "
+    "salt and not coal, which paid three times as much; perhaps because his father had drowned with a cargo of it."
+)
 _GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -113,7 +115,7 @@ def load_model_stack(settings: Settings, progress: Progress) -> LoadedStack:
     device = _device(settings)
     if device == "cpu":
         _use_cores()
-    family = _check_fit(settings, source, device)
+    family = check_fit(settings, source, device)
     progress(f"loading the tokenizer of {source}", None)
     try:
         tokenizer = load_tokenizer(
@@ -123,15 +125,15 @@ def load_model_stack(settings: Settings, progress: Progress) -> LoadedStack:
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
         )
-        loaded = _load_model(settings, source, device, family, progress)
-        _check_loaded(settings, loaded)
+        loaded = _load_model(settings, source, device, family, tokenizer, progress)
+        check_loaded(settings, loaded)
         config = _engine_config(settings, loaded, device)
         has_source = config.max_source_len is not None
         prompts = PromptEncoder(
             tokenizer, max_model_len=config.max_source_len or config.max_model_len, is_source=has_source
         )
     except TokenizerError as error:
-        raise StartupError(_first_line(error)) from error
+        raise StartupError(first_line(error)) from error
     make_transcriber: TranscriberMaker | None = None
     languages: tuple[str, ...] = ()
     if loaded.family == "speech":
@@ -188,76 +190,19 @@ def _use_cores() -> None:
     logger.info("computing with %d CPU threads", num_threads)
 
 
-def _check_fit(settings: Settings, source: str, device: str) -> Family | None:
-    """What can be refused before the weights are fetched; the family, where the config tells."""
-    from transformers import AutoConfig
-
-    from engine.model.loader import family_of
-
-    dtype = settings.torch_dtype
-    if device == "cpu" and dtype == "float16":
-        raise StartupError("--torch-dtype float16: should be bfloat16 or float32 on the CPU, which is slow at float16")
-    try:
-        config = AutoConfig.from_pretrained(
-            source, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        if "." in settings.model_type:
-            return None  # one's own class may bring a config that transformers does not know
-        raise StartupError(f"--hf-model {settings.hf_model}: {_first_line(error)}") from error
-    family = family_of(config)
-    _check_family(settings, config.model_type, family)
-    stored = str(getattr(config, "dtype", None))
-    if device == "cpu" and dtype == "auto" and stored == "torch.float16":
-        raise StartupError("--torch-dtype auto: the checkpoint is float16; on the CPU choose bfloat16 or float32")
-    is_half = dtype == "float16" or (dtype == "auto" and stored == "torch.float16")
-    if is_half and hasattr(config, "relative_attention_num_buckets"):
-        raise StartupError(f"--torch-dtype {dtype}: T5's activations overflow in float16; choose bfloat16 or float32")
-    return family
-
-
-def _check_family(settings: Settings, model_type: str, family: Family) -> None:
-    """The checkpoint decides, unless the operator said something else."""
-    architecture = "decoder" if family == "decoder" else "encoder-decoder"
-    if family == "speech" and model_type != "whisper":
-        raise StartupError(f"--hf-model {settings.hf_model}: {model_type} reads speech, and only Whisper is served")
-    serving = "whisper" if family == "speech" else "chat"
-    for name, value in (("architecture_type", architecture), ("serving_type", serving)):
-        given = getattr(settings, name)
-        if given == value:
-            continue
-        if settings.is_given(name):
-            option = f"--{name.replace('_', '-')} {given}"
-            raise StartupError(f"{option}: {settings.hf_model} is a {model_type}, so it should be {value}")
-        logger.info("%s: %s (the checkpoint is a %s)", name.replace("_", " "), value, model_type)
-    if family != "speech" and settings.is_given("processor_type"):
-        raise StartupError(f"--processor-type {settings.processor_type}: has no effect on a model that reads text")
-    if family == "decoder" and settings.is_given("static_cache_encoder_max_length"):
-        length = settings.static_cache_encoder_max_length
-        raise StartupError(f"--static-cache-encoder-max-length {length}: {model_type} has no encoder")
-
-
-def model_type_for(settings: Settings, family: Family | None) -> str:
-    """The class that loads the model: as asked, else the one for its family."""
-    return settings.model_type if settings.is_given("model_type") or family is None else _MODEL_TYPES[family]
-
-
-def _check_loaded(settings: Settings, loaded: LoadedModel) -> None:
-    """What only the loaded model can tell: one's own classes come without a config that is known before."""
-    given = settings.static_cache_encoder_max_length
-    positions = loaded.max_source_positions
-    if not settings.is_given("static_cache_encoder_max_length") or positions is None:
-        return
-    if given > positions or (loaded.family == "speech" and given != positions):
-        rule = "exactly" if loaded.family == "speech" else "at most"
-        raise StartupError(
-            f"--static-cache-encoder-max-length {given}: should be {rule} the encoder's positions ({positions})"
-        )
-
-
-def _load_model(settings: Settings, source: str, device: str, family: Family | None, progress: Progress) -> LoadedModel:
+def _load_model(
+    settings: Settings, source: str, device: str, family: Family | None, tokenizer: Any, progress: Progress
+) -> LoadedModel:
     from engine.model.loader import LoadError, LoadRequest, load_model
+    from engine.model.quantize import QuantiseRequest
 
+    quantise = None
+    if settings.hqq:
+        quantise = QuantiseRequest(
+            group_size=settings.hqq_group_size,
+            directory=Path(settings.cache_dir) / "int4" if settings.cache_dir else None,
+            report_token_ids=tuple(tokenizer.encode(REPORT_TEXT)) if settings.hqq_report else None,
+        )
     request = LoadRequest(
         name=source,
         model_type=model_type_for(settings, family),
@@ -265,6 +210,7 @@ def _load_model(settings: Settings, source: str, device: str, family: Family | N
         device=device,
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
+        quantise=quantise,
     )
     try:
         return load_model(request, progress)
@@ -292,7 +238,7 @@ def _speech(
         )
         return maker, tuple(speech_model_of(*checkpoint).language_ids)
     except NotASpeechModel as error:
-        raise StartupError(f"--hf-model {settings.hf_model}: {_first_line(error)}") from error
+        raise StartupError(f"--hf-model {settings.hf_model}: {first_line(error)}") from error
 
 
 def _feature_extractor(settings: Settings, source: str) -> Any:
@@ -306,7 +252,7 @@ def _feature_extractor(settings: Settings, source: str) -> Any:
             source, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
     except (ImportError, AttributeError, OSError, ValueError) as error:
-        raise StartupError(f"--processor-type {path}: {_first_line(error)}") from error
+        raise StartupError(f"--processor-type {path}: {first_line(error)}") from error
     extractor = getattr(found, "feature_extractor", found)
     if not hasattr(extractor, "hop_length"):
         raise StartupError(f"--processor-type {path}: {type(extractor).__name__} makes no spectrograms")
@@ -384,7 +330,7 @@ def _build_engine(loaded: LoadedModel, config: EngineConfig, progress: Progress)
     try:
         return build_engine(loaded, config, progress)
     except ValueError as error:
-        raise StartupError(_first_line(error)) from error
+        raise StartupError(first_line(error)) from error
 
 
 def _info(settings: Settings, loaded: LoadedModel, config: EngineConfig, engine: Engine) -> ModelInfo:
@@ -408,8 +354,3 @@ def _info(settings: Settings, loaded: LoadedModel, config: EngineConfig, engine:
         max_source_len=config.max_source_len,
         decoder_prompt_ids=loaded.decoder_prompt_ids,
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

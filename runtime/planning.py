@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from config import Settings, StartupError
 from runtime import model_loading as loading
 from runtime.checkpoint import HeadersOutOfReach, NoWeights, StoredWeights, read_stored_weights
+from runtime.model_fit import check_fit, first_line, model_type_for
 from runtime.plan import Demand, Plan, make_plan
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def dry_run(settings: Settings) -> DryRun:
     source = loading._source(settings)
     loading._quieten_libraries()
     device = loading._device(settings)
-    loading._check_fit(settings, source, device)
+    check_fit(settings, source, device)
     try:
         stored, why_not_stored = read_stored_weights(source, settings.revision), ""
     except HeadersOutOfReach as error:
@@ -124,7 +125,7 @@ def _config(settings: Settings, source: str) -> Any:
         )
     except (OSError, ValueError, KeyError) as error:
         # Serving could go on with a class of one's own, which brings its config; without it there is nothing to plan.
-        raise StartupError(f"--hf-model {settings.hf_model}: {loading._first_line(error)}") from error
+        raise StartupError(f"--hf-model {settings.hf_model}: {first_line(error)}") from error
 
 
 def _request(settings: Settings, source: str, device: str, config: Any) -> LoadRequest:
@@ -132,7 +133,7 @@ def _request(settings: Settings, source: str, device: str, config: Any) -> LoadR
 
     return LoadRequest(
         name=source,
-        model_type=loading.model_type_for(settings, family_of(config)),
+        model_type=model_type_for(settings, family_of(config)),
         dtype=settings.torch_dtype,
         device=device,
         revision=settings.revision,

@@ -13,11 +13,10 @@ the tokens of `generate`.
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +24,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
+from engine.model.timing import time_in_turn
+
 logger = logging.getLogger(__name__)
 
 MEASURED_ROWS = (1, 16)
 """Packed and plain are compared at these numbers of rows: one stream, and a busy decode step."""
 
-_MEASURE_S = 0.01
 _MAX_SLOWDOWN = 1.1
 """Packed wins unless it is clearly slower, as it is for small weights, whose call costs 8 microseconds more."""
 
@@ -83,6 +83,13 @@ _METADATA = frozenset(
 """What PackedWeight answers itself."""
 
 
+class Unpackable(Protocol):
+    """A module that keeps its weight in a form of its own."""
+
+    def unpack(self) -> Tensor:
+        """Go back to the plain weight for good, and return it."""
+
+
 class PackedWeight(Tensor):
     """Stands for a packed weight where a model reads `module.weight` itself.
 
@@ -91,12 +98,14 @@ class PackedWeight(Tensor):
     for good.
     """
 
-    _owner: PackedLinear
+    _owner: Unpackable
 
     @staticmethod
-    def of(owner: PackedLinear, shape: torch.Size, dtype: torch.dtype) -> PackedWeight:
+    def of(
+        owner: Unpackable, shape: torch.Size, dtype: torch.dtype, device: torch.device | None = None
+    ) -> PackedWeight:
         """Make the stand-in for the weight of `owner`."""
-        weight = Tensor._make_wrapper_subclass(PackedWeight, shape, dtype=dtype, device=torch.device("cpu"))
+        weight = Tensor._make_wrapper_subclass(PackedWeight, shape, dtype=dtype, device=device or torch.device("cpu"))
         weight._owner = owner
         return weight
 
@@ -289,29 +298,10 @@ def _measure(module: nn.Linear) -> str | None:
             expected, got = module(x).float(), packed(x).float()
             if not bool((got - expected).abs().max() <= expected.abs().max() * _MAX_RELATIVE_ERROR):
                 return "not equal when packed"
-            taken = _time_in_turn(lambda x=x: module(x), lambda x=x: packed(x))  # type: ignore[misc]
+            taken = time_in_turn(lambda x=x: module(x), lambda x=x: packed(x))  # type: ignore[misc]
             plain_s += taken[0]
             packed_s += taken[1]
     except RuntimeError as error:
         logger.debug("packing a linear failed", exc_info=error)
         return "that oneDNN cannot pack"
     return None if packed_s < plain_s * _MAX_SLOWDOWN else "faster plain"
-
-
-def _time_in_turn(*functions: Callable[[], Tensor]) -> list[float]:
-    """Return the least time each function took on one thread, in turn, so that a busy machine slows all alike."""
-    least = [float("inf")] * len(functions)
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads that wait for each other on a busy machine would be all that is measured
-    try:
-        end = time.perf_counter() + _MEASURE_S * len(functions)
-        num_rounds = 0
-        while num_rounds < 3 or time.perf_counter() < end:
-            for i, function in enumerate(functions):
-                start = time.perf_counter()
-                function()
-                least[i] = min(least[i], time.perf_counter() - start)
-            num_rounds += 1
-    finally:
-        torch.set_num_threads(num_threads)
-    return least

@@ -16,7 +16,10 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
 
+from engine.model.drift import measure_drift, trial_logits
+from engine.model.int4.linear import Int4Linear
 from engine.model.linear import prepack_linears
+from engine.model.quantize import Quantisation, QuantiseRequest
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,7 @@ class LoadRequest:
         device: "cpu", "cuda", "mps".
         revision: hub revision; None for the default.
         trust_remote_code: whether code that comes with the checkpoint may run.
+        quantise: how to quantise the linear layers to int4; None for not at all.
     """
 
     name: str
@@ -51,6 +55,7 @@ class LoadRequest:
     device: str = "cpu"
     revision: str | None = None
     trust_remote_code: bool = False
+    quantise: QuantiseRequest | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,24 +97,56 @@ def load_model(request: LoadRequest, progress: Progress) -> LoadedModel:
         LoadError: the class, the checkpoint or the dtype do not go together; one line says why.
     """
     model_class = resolve_class(request.model_type)
-    dtype: torch.dtype | str = "auto" if request.dtype == "auto" else DTYPES[request.dtype]
+    if request.quantise is not None:
+        return _load_quantised(model_class, request, request.quantise, progress)
     progress(f"loading the weights of {request.name}", None)
+    return _settle(_read(model_class, request, {}), request, progress)
+
+
+def _read(model_class: Any, request: LoadRequest, arguments: dict[str, Any]) -> Any:
+    dtype: torch.dtype | str = "auto" if request.dtype == "auto" else DTYPES[request.dtype]
     try:
-        model = model_class.from_pretrained(
+        return model_class.from_pretrained(
             request.name,
             dtype=dtype,
             revision=request.revision,
             trust_remote_code=request.trust_remote_code,
             use_safetensors=True,  # pickled weights can run code
+            **arguments,
         )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise LoadError(f"{request.name} cannot be loaded: {_first_line(error)}") from error
+
+
+def _settle(model: Any, request: LoadRequest, progress: Progress) -> LoadedModel:
+    """Bring a model that was read to its device, in the form that is fastest there."""
     progress(f"moving {request.name} to {request.device}", None)
     model.to(torch.device(request.device))
     loaded = describe(model)
     if loaded.device.type == "cpu":
         progress("packing the weights for this CPU", None)
         prepack_linears(model, max_extra_bytes=loaded.num_bytes // MAX_EXTRA_SHARE)
+    return loaded
+
+
+def _load_quantised(
+    model_class: Any, request: LoadRequest, quantise: QuantiseRequest, progress: Progress
+) -> LoadedModel:
+    """Load with int4 weights, and say how far the logits drifted where that was asked for."""
+    expected = None
+    if quantise.report_token_ids is not None:
+        progress(f"loading {request.name} in bfloat16, to compare with", None)
+        expected = trial_logits(_read(model_class, request, {}).to(request.device), quantise.report_token_ids)
+    progress(f"loading the weights of {request.name}", None)
+    try:
+        with Quantisation(request.name, quantise, torch.device(request.device), progress) as quantisation:
+            model = _read(model_class, request, quantisation.arguments)
+            quantisation.check()
+    except RuntimeError as error:
+        raise LoadError(f"--hqq True: {_first_line(error)}") from error
+    loaded = _settle(model, request, progress)
+    if expected is not None and quantise.report_token_ids is not None:
+        logger.info("%s", measure_drift(expected, trial_logits(loaded.model, quantise.report_token_ids)))
     return loaded
 
 
@@ -123,12 +160,13 @@ def describe(model: Any) -> LoadedModel:
     vocab_size = embeddings.weight.shape[0] if hasattr(embeddings, "weight") else text.vocab_size
     parameter = next(model.parameters())
     family = family_of(model.config)
+    int4_layers = [module for module in model.modules() if isinstance(module, Int4Linear)]
     return LoadedModel(
         model=model,
         device=parameter.device,
         dtype=model.dtype,
-        num_parameters=sum(p.numel() for p in model.parameters()),
-        num_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        num_parameters=sum(p.numel() for p in model.parameters()) + sum(m.num_weights for m in int4_layers),
+        num_bytes=sum(p.nbytes for p in model.parameters()) + sum(m.num_bytes for m in int4_layers),
         max_positions=decoder_positions(model.config),
         vocab_size=int(vocab_size),
         eos_token_ids=_eos_token_ids(model),

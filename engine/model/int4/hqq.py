@@ -154,7 +154,8 @@ def _best_zero(weights: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor) ->
             break
         previous = total
         # The error's proximal operator for the p-norm: sign(e) * max(|e| - |e|^(p-1) / beta, 0).
-        power = shrunk.pow(_NORM - 1).mul_(1 / beta)  # infinite where the error is 0, which shrinks to 0
+        # By way of the logarithm, which is faster than pow; infinite where the error is 0, which shrinks to 0.
+        power = shrunk.log().mul_(_NORM - 1).exp_().mul_(1 / beta)
         shrunk.sub_(power).clamp_min_(0).copysign_(error)
         # The zero point that is best for weights without that error, in closed form.
         codes.sub_(scaled).add_(shrunk.mul_(inverse))

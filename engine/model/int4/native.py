@@ -18,6 +18,7 @@ from engine.model.native_kernels import NativeKernels
 
 LANES = 16
 UNIT_ROWS = 4 * LANES
+NAMESPACE = "transformers_openai_api"
 
 
 class NativeInt4(PackedInt4):
@@ -31,16 +32,16 @@ class NativeInt4(PackedInt4):
     @classmethod
     def with_kernels(cls, kernels: NativeKernels) -> type[NativeInt4]:
         """Return this class, bound to a compiled library."""
+        _make_operator(kernels)
         return type("NativeInt4", (cls,), {"kernels": kernels})
 
     def __init__(self, weight: Int4Weight) -> None:
         super().__init__(weight)
-        codes = weight.unpack()
-        self._words = torch.empty(codes.numel() // 4, dtype=torch.int16)
+        self._words = torch.empty(self.num_rows * self.num_columns // 4, dtype=torch.int16)
         self._scales = torch.empty(weight.scales.numel(), dtype=torch.bfloat16)
         self._zeros = torch.empty_like(self._scales)
         for rows in self._units():
-            self._words_of(rows).copy_(_words(codes[rows]))
+            self._words_of(rows).copy_(_words(weight.codes[rows]))
             self._of_groups(self._scales, rows).copy_(_by_lane(weight.scales[rows]))
             self._of_groups(self._zeros, rows).copy_(_by_lane(weight.zeros[rows]))
 
@@ -56,6 +57,11 @@ class NativeInt4(PackedInt4):
 
     def multiply(self, x: Tensor) -> Tensor:
         """Return x W^T by the kernel."""
+        if torch.compiler.is_compiling():  # which sees into operators, and not into a call of a library
+            operator: Tensor = getattr(torch.ops, NAMESPACE).int4_multiply(
+                x, self._words, self._scales, self._zeros, self.num_rows
+            )
+            return operator
         return self.kernels.int4_multiply(x, self._words, self._scales, self._zeros, self.num_rows)
 
     def dequantise(self) -> Tensor:
@@ -63,7 +69,7 @@ class NativeInt4(PackedInt4):
         out = torch.empty(self.num_rows, self.num_columns, dtype=torch.bfloat16)
         for rows in self._units():
             codes = torch.stack(
-                [(self._words_of(rows) >> shift & 15).to(torch.int8) for shift in (0, 4, 8, 12)], dim=-2
+                [(self._words_of(rows) >> shift & MAX_CODE).to(torch.int8) for shift in (0, 4, 8, 12)], dim=-2
             )
             # [units, K/8, blocks, lanes, 4, 2] to [units * blocks * lanes, K]
             codes = codes.permute(0, 2, 3, 1, 4, 5).reshape(-1, self.num_columns // self.group_size, self.group_size)
@@ -93,15 +99,36 @@ class NativeInt4(PackedInt4):
 
 
 def _words(codes: Tensor) -> Tensor:
-    """Return the words of some units from their codes, uint8 [rows, K]: int16 [units, K/8, blocks, lanes, 2]."""
+    """Return the words of some units from their codes as Int4Weight has them: int16 [units, K/8, blocks, lanes, 2].
+
+    Four octets hold the 8 columns of a register, even ones in their low bits: gathered, they are the nibbles of the
+    first word, and the odd ones those of the second.
+    """
+    octets = codes.view(torch.int32)  # [rows, K/8]; the column 8 k + 2 t + p is nibble 2 t + p
+    words, nibbles = torch.zeros_like(octets), torch.empty_like(octets)
+    for place in range(8):
+        t, p = divmod(place, 2)
+        torch.bitwise_right_shift(octets, 4 * place, out=nibbles)
+        words |= nibbles.bitwise_and_(MAX_CODE).bitwise_left_shift_(4 * t + 16 * p)
     blocks = min(UNIT_ROWS, codes.shape[0]) // LANES
-    # [units, blocks, lanes, K/8, 4, 2]: column 8 k + 2 t + p is nibble t of word p.
-    split = codes.view(-1, blocks, LANES, codes.shape[1] // 8, 4, 2).to(torch.int16)
-    words = split[..., 0, :] | split[..., 1, :] << 4 | split[..., 2, :] << 8 | split[..., 3, :] << 12
-    return words.permute(0, 3, 1, 2, 4)
+    return words.view(-1, blocks, LANES, words.shape[1], 1).permute(0, 3, 1, 2, 4).contiguous().view(torch.int16)
 
 
 def _by_lane(values: Tensor) -> Tensor:
     """Return scales or zeros [rows, groups] of some units as [units, groups, blocks, lanes]."""
     blocks = min(UNIT_ROWS, values.shape[0]) // LANES
     return values.view(-1, blocks, LANES, values.shape[1]).permute(0, 3, 1, 2)
+
+
+def _make_operator(kernels: NativeKernels) -> None:
+    """Make the kernel an operator of torch, for whoever compiles a model; once a process, for they live in torch."""
+    if hasattr(getattr(torch.ops, NAMESPACE), "int4_multiply"):
+        return
+
+    @torch.library.custom_op(f"{NAMESPACE}::int4_multiply", mutates_args=(), device_types="cpu")
+    def int4_multiply(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, num_outputs: int) -> Tensor:
+        return kernels.int4_multiply(x, words, scales, zeros, num_outputs)
+
+    @int4_multiply.register_fake
+    def _(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, num_outputs: int) -> Tensor:
+        return x.new_empty(x.shape[0], num_outputs)

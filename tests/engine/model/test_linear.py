@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from engine.model import linear
 from engine.model.linear import PackedLinear, PackedWeight, prepack_linears
+from engine.model.timing import time_in_turn
 
 pytestmark = pytest.mark.skipif(linear._LINEAR is None, reason="this build of torch has no packed linears")
 
@@ -29,7 +30,7 @@ def packed_is_always_faster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             function()
         return [2.0, 1.0]
 
-    monkeypatch.setattr(linear, "_time_in_turn", times)
+    monkeypatch.setattr(linear, "time_in_turn", times)
     yield
 
 
@@ -217,7 +218,7 @@ def test_an_operator_that_gives_something_else_is_not_used(monkeypatch: pytest.M
 
 
 def test_shapes_that_are_faster_plain_stay_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_time_in_turn", lambda *functions: [1.0, 1.2])
+    monkeypatch.setattr(linear, "time_in_turn", lambda *functions: [1.0, 1.2])
     module, report = one(nn.Linear(32, 32, dtype=torch.bfloat16))
     assert type(module) is nn.Linear and report.left_plain == {"faster plain": 1}
     assert "1 faster plain" in str(report)
@@ -228,7 +229,7 @@ def test_the_clock_takes_functions_in_turn(monkeypatch: pytest.MonkeyPatch) -> N
     calls: list[str] = []
     x = torch.zeros(1)
     num_threads = torch.get_num_threads()
-    taken = linear._time_in_turn(lambda: calls.append("a") or x, lambda: calls.append("b") or x)  # type: ignore[func-returns-value]
+    taken = time_in_turn(lambda: calls.append("a") or x, lambda: calls.append("b") or x)  # type: ignore[func-returns-value]
     assert calls[:4] == ["a", "b", "a", "b"] and len(taken) == 2 and min(taken) > 0
     assert torch.get_num_threads() == num_threads
 

@@ -1,0 +1,127 @@
+"""Linear layers with int4 weights, in place of the plain ones: the kernel for few rows, a dense product for many.
+
+Knows nothing of models, solvers or files.
+Made by model/quantize.py while a checkpoint is read.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.model.int4.hqq import Int4Weight
+from engine.model.int4.packed import PackedInt4, Scratch
+from engine.model.linear import PackedWeight
+from engine.model.timing import time_in_turn
+
+logger = logging.getLogger(__name__)
+
+MEASURED_ROWS = (8, 16, 32, 64, 128, 256, 512)
+_MEASURED_OUTPUTS = 1024  # of a larger weight: the ratio is the same, and a load does not wait for it
+
+
+class Int4Linear(nn.Module):
+    """y = x W^T + b with W in int4; stands where an nn.Linear or a Conv1D stood.
+
+    Args:
+        packed: the weight.
+        bias: [out_features], may still be on the meta device and be set later; or None.
+        scratch: memory for dequantised pieces.
+        min_dense_rows: from how many rows on the dequantised weight is multiplied; None for never.
+        is_transposed: whether the replaced module's own `weight` was [in_features, out_features] (Conv1D).
+    """
+
+    _is_hf_initialized = True  # transformers initialises what its checkpoint lacks
+
+    def __init__(
+        self,
+        packed: PackedInt4,
+        bias: nn.Parameter | None,
+        *,
+        scratch: Scratch,
+        min_dense_rows: int | None,
+        device: torch.device,
+        is_transposed: bool = False,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = packed.num_rows, packed.num_columns
+        self.register_parameter("bias", bias)
+        self._packed: PackedInt4 | None = packed
+        self._plain: Tensor | None = None
+        self._scratch = scratch
+        self._min_dense_rows = min_dense_rows
+        self._is_transposed = is_transposed
+        shape = (self.in_features, self.out_features) if is_transposed else (self.out_features, self.in_features)
+        self._stand_in = PackedWeight.of(self, torch.Size(shape), torch.bfloat16, device)
+
+    @property
+    def num_weights(self) -> int:
+        """How many numbers the weight stands for."""
+        return self.out_features * self.in_features
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weight as it is kept; the bias is a parameter and not counted."""
+        if self._packed is not None:
+            return self._packed.num_bytes
+        return self.unpack().nbytes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to bfloat16 [..., in_features]: [..., out_features]."""
+        packed = self._packed
+        bias = self._parameters["bias"]  # as an attribute it would be looked up in three places
+        if packed is None:
+            weight = self.unpack()
+            return F.linear(x, weight.t() if self._is_transposed else weight, bias)
+        rows = x.reshape(-1, self.in_features).contiguous()
+        if self._min_dense_rows is not None and rows.shape[0] >= self._min_dense_rows:
+            y = packed.multiply_dense(rows, self._scratch)
+        else:
+            y = packed.multiply(rows)
+        if bias is not None:
+            y += bias
+        return y.view(*x.shape[:-1], self.out_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as the replaced module had it; a stand-in until somebody uses its values."""
+        return self.unpack() if self._packed is None else self._stand_in
+
+    def unpack(self) -> Tensor:
+        """Go back to a plain weight, the dequantised one, for good, and return it."""
+        if self._packed is not None:
+            logger.warning(
+                "an int4 linear %dx%d is used by its weight: dequantised", self.in_features, self.out_features
+            )
+            dense = self._packed.dequantise()
+            self._plain = dense.t() if self._is_transposed else dense
+            self._packed = None
+        assert self._plain is not None  # one of the two is always there
+        return self._plain
+
+    def extra_repr(self) -> str:
+        """Return what nn.Linear shows, and in which form the weight is."""
+        form = "bfloat16" if self._packed is None else f"int4, groups of {self._packed.group_size}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, weight={form}"
+
+
+@torch.no_grad()
+def measure_min_dense_rows(kernel: type[PackedInt4], weight: Int4Weight) -> int | None:
+    """Return from how many rows on multiplying the dequantised weight is faster than the kernel; None for never."""
+    rows = slice(0, _MEASURED_OUTPUTS)
+    part = kernel(Int4Weight(weight.codes[rows], weight.scales[rows], weight.zeros[rows]))
+    if not part.can_dequantise:
+        return None
+    scratch = Scratch()
+    for num_rows in MEASURED_ROWS:
+        x = torch.randn(num_rows, part.num_columns, device=weight.codes.device).bfloat16()
+        kernel_s, dense_s = time_in_turn(
+            lambda x=x: part.multiply(x),  # type: ignore[misc]
+            lambda x=x: part.multiply_dense(x, scratch),  # type: ignore[misc]
+        )
+        if dense_s < kernel_s:
+            return num_rows
+    return None
