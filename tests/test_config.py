@@ -76,6 +76,8 @@ GIVEN = [
     ("--strict-parameters", "yes", True),
     ("--seed", "17", 17),
     ("--static-cache", "yes", True),
+    ("--hqq", "True", True),
+    ("--cache-dir", "/somewhere", "/somewhere"),
     ("--torch-profiling", "1", True),
 ]
 
@@ -103,7 +105,8 @@ REFUSED = [
     ("--allowed-origins", "https://a.example/path", "without a path"),
     ("--seed", "-1", "greater than or equal to 0"),
     # Features that are not there, and options that mean nothing without them: even at their default values.
-    ("--hqq", "True", "not available"),
+    ("--hqq-group-size", "64", "without --hqq True"),
+    ("--hqq-report", "True", "without --hqq True"),
     ("--torch-compile", "True", "not available"),
     ("--architecture-type", "encoder", "'decoder' or 'encoder-decoder'"),
     ("--serving-type", "speech", "'chat' or 'whisper'"),
@@ -158,6 +161,13 @@ def test_what_follows_from_a_static_cache_is_not_given_beside_it(
     assert Settings.from_sources(["--static-cache", "True", "--static-cache-decoder-max-length", "64"], {}).static_cache
     line = one_line(["--static-cache", "True", *other], {}, capsys)
     assert " ".join(other) in line and "--static-cache-decoder-max-length" in line
+
+
+def test_int4_weights_take_a_group_size_and_bfloat16_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = Settings.from_sources(["--hqq", "True", "--hqq-group-size", "128", "--hqq-report", "True"], {})
+    assert (settings.hqq_group_size, settings.hqq_report) == (128, True)
+    assert "--hqq-group-size 48" in one_line(["--hqq", "True", "--hqq-group-size", "48"], {}, capsys)
+    assert "--torch-dtype bfloat16" in one_line(["--hqq", "True", "--torch-dtype", "float32"], {}, capsys)
 
 
 def test_the_two_tables_above_cover_every_option() -> None:
