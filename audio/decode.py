@@ -87,7 +87,7 @@ def _open(data: bytes, kind: FileKind, deadline_s: float) -> Iterator[tuple[Samp
     if kind is FileKind.WAV:
         data = checked_wav(data)
     try:
-        return soundfile_reader.open_blocks(TimedBytes(data, deadline_s))
+        return soundfile_reader.open_blocks(TimedBytes(data, deadline_s), kind)
     except UnreadableAudio as refusal:
         if not pyav_reader.is_available():
             raise

@@ -41,6 +41,8 @@ _DECODERS = (
     "adpcm_ima_wav,adpcm_ms,pcm_alaw,pcm_f32be,pcm_f32le,pcm_f64be,pcm_f64le,pcm_mulaw,pcm_s16be,pcm_s16le,pcm_s24be,"
     "pcm_s24le,pcm_s32be,pcm_s32le,pcm_s8,pcm_u8"
 )
+# A few come where a stream was cut; more than this is no audio, and each costs time.
+_MAX_UNDECODABLE_IN_A_ROW = 1000
 _OPTIONS = {
     "format_whitelist": "wav,flac,ogg,mp3,mov,mp4,m4a,matroska,webm,aac,mpeg",
     "protocol_whitelist": "none",
@@ -104,7 +106,7 @@ def _audio_stream(container: InputContainer) -> AudioStream:
 def _blocks(container: InputContainer, stream: AudioStream) -> Iterator[tuple[Samples, int]]:
     import av
 
-    num_undecodable = 0
+    num_undecodable = num_in_a_row = 0
     with container:
         try:
             for packet in container.demux(stream):
@@ -112,7 +114,11 @@ def _blocks(container: InputContainer, stream: AudioStream) -> Iterator[tuple[Sa
                     frames = packet.decode()
                 except av.error.InvalidDataError:
                     num_undecodable += 1
+                    num_in_a_row += 1
+                    if num_in_a_row > _MAX_UNDECODABLE_IN_A_ROW:
+                        break
                     continue
+                num_in_a_row = 0
                 for frame in frames:
                     yield _block_of(frame), frame.sample_rate
         except av.error.FFmpegError as error:

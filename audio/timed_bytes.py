@@ -31,6 +31,14 @@ class TimedBytes(io.BytesIO):
         """Whether the time is over."""
         return time.monotonic() > self._deadline_s
 
+    def rest(self) -> bytes:
+        """What was not read yet."""
+        return self.getvalue()[self.tell() :]
+
+    def followed_by(self, data: bytes) -> TimedBytes:
+        """Another file that ends at the same moment."""
+        return TimedBytes(data, self._deadline_s)
+
     def read(self, size: int | None = -1, /) -> bytes:
         """As any file's; empty after the deadline."""
         return b"" if self.has_expired else super().read(size)

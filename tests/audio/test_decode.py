@@ -311,7 +311,7 @@ def test_decoding_that_takes_too_long_is_stopped() -> None:
         start = time.monotonic()
         with pytest.raises(AudioError, match="took longer than 0 s"):
             decode(data, max_seconds=60, timeout_s=0)
-        assert time.monotonic() - start < 2, name
+        assert time.monotonic() - start < 10, name
 
 
 def test_mp3_is_found_behind_tags_and_half_a_frame() -> None:
@@ -322,6 +322,31 @@ def test_mp3_is_found_behind_tags_and_half_a_frame() -> None:
     np.testing.assert_array_equal(decode(tag + tag + mp3, max_seconds=60).samples, whole)
     cut = decode(mp3[len(mp3) // 3 :], max_seconds=60)  # a file cut into pieces by bytes
     assert 1.8 < cut.duration_s < 2.1
+
+
+@pytest.mark.parametrize("name", ["mp3", "mp3 by lame"])
+def test_joined_mp3_files_are_read_to_the_end(name: str) -> None:
+    """Each tells its own length; a decoder that believes the first stops there."""
+    tag = b"ID3\x04\0\0" + bytes([0, 0, 0, 100]) + bytes(100)
+    mp3 = FILES[name][0]
+    audio = decode(mp3 + tag + mp3 + mp3 + b"TAG" + bytes(125), max_seconds=60)
+    assert audio.duration_s == pytest.approx(9.0, abs=0.001)
+    assert audio.damage is None
+    assert similarity(audio.samples[6 * RATE_HZ :], SPEECH) > 0.98
+
+
+def test_what_follows_the_audio_unread_is_said() -> None:
+    assert decode(FILES["wav"][0] + bytes(50_000), max_seconds=60).damage is None
+    ogg = FILES["ogg vorbis"][0]
+    audio = decode(ogg * 3, max_seconds=60)
+    assert audio.duration_s == pytest.approx(3.0, abs=0.001)
+    assert "follow the end of the audio" in str(audio.damage)
+
+
+def test_packets_that_cannot_be_decoded_are_not_tried_for_ever() -> None:
+    header_only = b"\xff\xf1\x60\x40\x01\x1f\xfc\x00"
+    with pytest.raises(UnreadableAudio, match="1001 packets of the audio cannot be decoded"):
+        decode(header_only * 20_000, max_seconds=60)
 
 
 def test_flac_is_found_behind_a_tag() -> None:

@@ -187,17 +187,17 @@ data = open(path, "rb").read()
 limit = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + more_mib * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
-start = time.monotonic()
+start = time.process_time()
 try:
     outcome = f"{decode(data, max_seconds=max_seconds).duration_s:g} s"
 except AudioError as error:
     outcome = f"{type(error).__name__}: {error.message}"
-print(json.dumps([outcome, time.monotonic() - start]))
+print(json.dumps([outcome, time.process_time() - start]))
 """
 
 
 def decode_limited(data: bytes, path: Path, *, max_seconds: float, more_mib: int = 128) -> tuple[str, float]:
-    """What came of decoding a file in a process of little memory, and how many seconds that took."""
+    """What came of decoding a file in a process of little memory, and how many seconds of a core that took."""
     path.write_bytes(data)
     command = [sys.executable, "-c", LIMITED, str(path), str(max_seconds), str(more_mib)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
@@ -216,7 +216,7 @@ def silence(hours: float, kind: str) -> bytes:
 
 
 @needs_limits
-@pytest.mark.parametrize(("kind", "hours"), [("flac", 2.0), ("ogg", 0.1)])
+@pytest.mark.parametrize(("kind", "hours"), [("flac", 1.0), ("ogg", 0.1)])
 def test_hours_of_silence_in_a_small_file_are_refused_early(kind: str, hours: float, tmp_path: Path) -> None:
     data = silence(hours, kind)
     assert len(data) < 400_000
@@ -226,17 +226,17 @@ def test_hours_of_silence_in_a_small_file_are_refused_early(kind: str, hours: fl
 
 
 def test_decoding_ends_when_its_time_is_over() -> None:
-    data = silence(1.0, "flac")
+    data = silence(0.5, "flac")
     start = time.monotonic()
-    with pytest.raises(AudioError, match=r"took longer than 0\.1 s"):
-        decode(data, max_seconds=36_000, timeout_s=0.1)
-    assert time.monotonic() - start < 2
+    with pytest.raises(AudioError, match=r"took longer than 0\.02 s"):
+        decode(data, max_seconds=36_000, timeout_s=0.02)
+    assert time.monotonic() - start < 10
 
 
 @needs_limits
-def test_an_hour_that_is_allowed_is_in_memory_little_more_than_once(tmp_path: Path) -> None:
-    outcome, _ = decode_limited(silence(1.0, "flac"), tmp_path / "silence", max_seconds=4000, more_mib=330)
-    assert outcome == "3600 s"  # 230 MB of samples
+def test_a_long_recording_that_is_allowed_is_in_memory_little_more_than_once(tmp_path: Path) -> None:
+    outcome, _ = decode_limited(silence(0.5, "flac"), tmp_path / "silence", max_seconds=4000, more_mib=165)
+    assert outcome == "1800 s"  # 110 MiB of samples
 
 
 def claims() -> dict[str, bytes]:
