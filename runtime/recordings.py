@@ -46,7 +46,8 @@ class Recordings:
             for name in ("threshold", "prefix_padding_ms", "silence_duration_ms")
             if (value := getattr(chunking, name)) is not None
         }
-        found = windows(samples, VadParameters(**given))
+        longest_s = self._extractor.n_samples / self._extractor.sampling_rate
+        found = windows(samples, VadParameters(**given), max_window_s=longest_s)
         return [Window(window.start_sample, window.end_sample) for window in found]
 
     def features(self, samples: Samples) -> npt.NDArray[np.float32]:

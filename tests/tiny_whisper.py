@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperTokenizer
+from transformers import (
+    GenerationConfig,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
+)
 
 LANGUAGES = ("en", "zh", "de", "es", "ms")
 CORPUS = [
@@ -23,6 +30,13 @@ CORPUS = [
     "你好，世界。 emoji 😀 and family",
 ]
 NUM_TIMESTAMPS = 1501
+_NUM_TEXT_TOKENS, _NUM_SPECIAL_TOKENS = 400, 8 + len(LANGUAGES)
+# Windows of two seconds and no timestamps beyond: generate() treats them as it does those of thirty.
+SHORT_SIZES = {
+    "max_source_positions": 100,
+    "max_target_positions": 64,
+    "vocab_size": _NUM_TEXT_TOKENS + _NUM_SPECIAL_TOKENS + 101,
+}
 
 
 @lru_cache(maxsize=4)
@@ -31,7 +45,7 @@ def tokenizer(*, no_speech: str = "<|nospeech|>", has_timestamps: bool = True) -
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
+    trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=_NUM_TEXT_TOKENS, initial_alphabet=alphabet))
     state = json.loads(trained.to_str())["model"]
     made = WhisperTokenizer(vocab=state["vocab"], merges=[tuple(pair) for pair in state["merges"]])
     special = [
@@ -103,4 +117,15 @@ def model(seed: int = 0, **changes: Any) -> WhisperForConditionalGeneration:
         for parameter in made.parameters():
             parameter.normal_(0.0, 0.15)
     made.generation_config = generation_config()
+    return made
+
+
+def write_checkpoint(directory: Path, seed: int = 0) -> WhisperForConditionalGeneration:
+    """Writes a whole checkpoint whose windows are two seconds long; returns the model that is in it."""
+    num_positions = SHORT_SIZES["max_source_positions"]
+    made = model(seed, **SHORT_SIZES)
+    made.save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
+    extractor = WhisperFeatureExtractor(feature_size=made.config.num_mel_bins, chunk_length=num_positions // 50)
+    extractor.save_pretrained(directory)
     return made

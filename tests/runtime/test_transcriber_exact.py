@@ -27,9 +27,7 @@ from text.speech import SpeechText
 
 TOKENIZER = tiny_whisper.tokenizer()
 IDS = TOKENIZER.get_vocab()
-# Windows of two seconds: generate() treats them as it does those of thirty, and the tests are fast.
-WINDOW_FRAMES = 200
-SIZES = {"max_source_positions": 100, "max_target_positions": 64, "vocab_size": IDS["<|2.00|>"] + 1}
+WINDOW_FRAMES = 2 * tiny_whisper.SHORT_SIZES["max_source_positions"]
 
 
 class GlobalFeatures:
@@ -72,7 +70,7 @@ def only_greedy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def whisper() -> Any:
-    return tiny_whisper.model(1, **SIZES)
+    return tiny_whisper.model(1, **tiny_whisper.SHORT_SIZES)
 
 
 def transcribe(whisper: Any, features: torch.Tensor, model: SpeechModel | None = None, **fields: Any) -> Any:
