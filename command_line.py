@@ -63,7 +63,7 @@ def parse_flags(argv: Sequence[str], options: Sequence[Option]) -> dict[str, str
         prog="main.py",
         usage="python main.py [plan] [options]",
         description="Serves a transformers model behind an OpenAI-compatible API. A flag beats its environment "
-        "variable, the variable beats the default; an empty variable counts as not set. With the word plan before the "
+        "variable, the variable beats the default; an empty variable counts as not set. With the word plan among the "
         "options nothing is loaded or served: it prints what these options would take, from the model's config and "
         "the headers of its weights, and ends with exit code 0 when that fits this machine, 3 when it does not.",
         formatter_class=_Formatter,
@@ -83,6 +83,21 @@ def parse_flags(argv: Sequence[str], options: Sequence[Option]) -> dict[str, str
         hint = f"did you mean {near[0]}?" if near else "see --help"
         refuse(f"{word}: no such option; {hint}")
     return vars(given)
+
+
+def take_word(word: str, argv: Sequence[str]) -> tuple[bool, list[str]]:
+    """Whether a word stands among the options, and the arguments without it; a value of an option does not count.
+
+    It need not be the first: a container's entry point may put options of its own before those that it is given.
+    """
+    position = 0
+    while position < len(argv):
+        argument = argv[position]
+        if argument == word:
+            return True, [*argv[:position], *argv[position + 1 :]]
+        takes_next = argument.startswith("--") and "=" not in argument and argument != "--help"
+        position += 2 if takes_next else 1
+    return False, list(argv)
 
 
 def is_own_address(host: str) -> bool:

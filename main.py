@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
+from command_line import take_word
 from config import Settings, StartupError
 
 logger = logging.getLogger(__name__)
@@ -33,10 +34,11 @@ _DOES_NOT_FIT = 3  # of a plan; not the 2 of a mistake, so that a script can tel
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Serves until told to end; returns the exit code: 1 when loading failed, 2 when an option cannot be honoured.
 
-    With `plan` as the first word: says what serving would take instead; 3 when it would not fit this machine.
+    With the word `plan` among the options: says what serving would take instead; 3 when it would not fit this machine.
     """
-    if argv[:1] == ["plan"]:
-        return _plan(Settings.from_sources(argv[1:], environ))
+    is_plan, argv = take_word("plan", argv)
+    if is_plan:
+        return _plan(Settings.from_sources(argv, environ))
     settings = Settings.from_sources(argv, environ)
     os.environ.setdefault(*_SPIN_COUNT)  # read once, when torch is loaded
     _set_up_logging(settings.loglevel)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from command_line import is_own_address
+from command_line import is_own_address, take_word
 from config import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -274,6 +274,28 @@ def test_a_name_of_another_machine_is_not_an_own_address(monkeypatch: pytest.Mon
     assert not is_own_address("elsewhere")
     found[0] = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))
     assert is_own_address("here")
+
+
+@pytest.mark.parametrize(
+    ("argv", "found", "rest"),
+    [
+        (["plan"], True, []),
+        (["plan", "--hf-model", "demo"], True, ["--hf-model", "demo"]),
+        (["--host", "0.0.0.0", "plan", "--port", "1"], True, ["--host", "0.0.0.0", "--port", "1"]),
+        (["--host=0.0.0.0", "plan"], True, ["--host=0.0.0.0"]),
+        (["--help", "plan"], True, ["--help"]),
+        (["plan", "plan"], True, ["plan"]),
+        # Values of options are no words.
+        (["--hf-model", "plan"], False, ["--hf-model", "plan"]),
+        (["--hf-model=plan"], False, ["--hf-model=plan"]),
+        (["--hf-model", "demo"], False, ["--hf-model", "demo"]),
+        ([], False, []),
+    ],
+)
+def test_a_word_is_found_wherever_it_is_not_the_value_of_an_option(
+    argv: list[str], found: bool, rest: list[str]
+) -> None:
+    assert take_word("plan", argv) == (found, rest)
 
 
 def test_help_shows_meaning_default_and_variable_of_every_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -245,7 +245,7 @@ def plan(*options: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """Runs `main.py plan` to its end."""
     kept = {name: os.environ[name] for name in os.environ if name in ("PATH", "HOME", "SYSTEMROOT", "TEMP")}
     return subprocess.run(
-        [sys.executable, "main.py", "plan", *options],
+        [sys.executable, "main.py", "--host", "0.0.0.0", "plan", *options],  # as a container's entry point has it
         cwd=ROOT, env=kept | {"HF_HUB_OFFLINE": "1"} | environ, capture_output=True, text=True, timeout=START_S,
         check=False,
     )  # fmt: skip

@@ -19,6 +19,11 @@ from transformers.pytorch_utils import Conv1D
 from engine.model.loader import DTYPES, MAX_EXTRA_SHARE, LoadError, LoadRequest, resolve_class
 from engine.model.valueless import META
 
+_BUILD_FAILURES = (
+    OSError, ValueError, ImportError, KeyError, RuntimeError, AttributeError, TypeError, AssertionError,
+)  # fmt: skip
+"""What building a model from a config that is not for it may raise; NotImplementedError is a RuntimeError."""
+
 INT4_SCALE_BYTES = 4
 """Of each group of int4 weights: a scale and a zero point, both bfloat16."""
 
@@ -101,7 +106,8 @@ def draw(request: LoadRequest, config: Any, dtype: torch.dtype) -> Any:
     try:
         with META:
             model = build(config, dtype=dtype, **remote)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+        model.get_input_embeddings()  # which not every class has, and serving needs
+    except _BUILD_FAILURES as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise LoadError(f"{request.name} cannot be built: {type(error).__name__}: {reason}") from error
     model.eval()
@@ -145,7 +151,7 @@ def measure_widths(model: Any, dtype: torch.dtype) -> Widths:
     text = model.config.get_text_config(decoder=True)
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
-    num_experts_per_token = int(getattr(text, "num_experts_per_tok", None) or 1)
+    num_experts_per_token = _number(text, "num_experts_per_tok") or 1
     widest = [max(linear.weight.shape) for _, linear in _linears(model) if linear is not head]
     # Experts are held as one parameter [experts, rows, columns].
     experts = [max(p.shape[1:]) * num_experts_per_token for p in model.parameters() if p.dim() == 3]
@@ -153,7 +159,7 @@ def measure_widths(model: Any, dtype: torch.dtype) -> Widths:
     return Widths(
         hidden=hidden,
         widest=max([*widest, *experts, hidden]),
-        num_heads=int(getattr(text, "num_attention_heads", None) or 0),
+        num_heads=_number(text, "num_attention_heads"),
         vocab_size=int((head or embedding).weight.shape[0]),
         itemsize=dtype.itemsize,
     )
@@ -162,6 +168,14 @@ def measure_widths(model: Any, dtype: torch.dtype) -> Widths:
 def int4_bytes(num_rows: int, num_columns: int, group_size: int) -> int:
     """Bytes of a weight [rows, columns] in int4: half a byte each, and a scale and zero point a group."""
     return num_rows * (num_columns // 2 + num_columns // group_size * INT4_SCALE_BYTES)
+
+
+def _number(config: Any, name: str) -> int:
+    """A number of a config; 0 where there is none for the whole model, which some configs refuse to be asked for."""
+    try:
+        return int(getattr(config, name, None) or 0)
+    except (RuntimeError, ValueError, TypeError):
+        return 0
 
 
 def _quantisable(model: Any, group_size: int) -> dict[int, int]:
