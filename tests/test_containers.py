@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-from command_line import Option
+from command_line import Option, take_word
 from config import Settings
 from tests.container_files import (
     COMPOSE,
@@ -118,7 +118,8 @@ def test_the_entry_point_is_the_server_itself_and_listens_outside_the_container(
         assert settings.host == "0.0.0.0"
         assert settings.accelerator_type == target and settings.is_given("accelerator_type")
         assert settings.port == int(last("EXPOSE", target).text)
-        # What `docker run IMAGE --host ::` does.
+        # What `docker run IMAGE plan --port 1` and `docker run IMAGE --host ::` do.
+        assert take_word("plan", [*flags, "plan", "--port", "1"]) == (True, [*flags, "--port", "1"])
         assert Settings.from_sources([*flags, "--host", "::"], variables).host == "::"
 
 

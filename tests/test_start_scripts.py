@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+import tree_sitter_powershell
+from tree_sitter import Language, Parser
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["start.sh", "scripts/venv.sh", "scripts/test", "scripts/lint", "scripts/check", ".ci/run"]
@@ -183,6 +185,54 @@ def test_powershell_finds_the_same_torch() -> None:
     assert pattern is not None
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     assert [found[1] for line in lines if (found := re.search(pattern[1], line))] == [torch_pin()]
+
+
+def mistakes(script: str) -> list[str]:
+    """What a grammar of PowerShell 5.1 does not understand, and operators that came after it."""
+    source = script.encode()
+    tree = Parser(Language(tree_sitter_powershell.language())).parse(source)
+    found, waiting = [], [tree.root_node]
+    while waiting:
+        node = waiting.pop()
+        if node.is_error or node.is_missing:
+            found.append(f"line {node.start_point.row + 1}: {source[node.start_byte : node.end_byte].decode()}")
+        # The grammar knows these two, Windows PowerShell does not.
+        if node.type in ("&&", "||"):
+            found.append(f"line {node.start_point.row + 1}: {node.type}")
+        waiting += node.children
+    return found
+
+
+def test_start_ps1_is_valid_in_windows_powershell() -> None:
+    script = (ROOT / "start.ps1").read_text(encoding="ascii")  # 5.1 would read anything else as another code page
+    assert mistakes(script) == []
+    assert "Write-Host" in script and max(len(line) for line in script.splitlines()) <= 120
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("if (-not $installed", "if -not $installed"),  # no parenthesis
+        ("    Pop-Location\n}", "    Pop-Location\n"),  # no brace
+        ("'Continue'", "'Continue"),  # no quote
+        ("$program, $option = ", "$program = $option ?? "),  # of 7
+        ("{ return $false }", "{ return $true ? 1 : 0 }"),  # of 7
+        ("Pop-Location\n", "Pop-Location && exit\n"),  # of 7
+    ],
+)
+def test_a_mistake_in_start_ps1_would_be_noticed(right: str, wrong: str) -> None:
+    script = (ROOT / "start.ps1").read_text(encoding="ascii")
+    assert right in script
+    assert mistakes(script.replace(right, wrong, 1))
+
+
+def test_both_start_scripts_try_the_same_pythons_and_ask_for_the_same_version() -> None:
+    powershell = (ROOT / "start.ps1").read_text(encoding="ascii")
+    bash = (ROOT / "scripts" / "venv.sh").read_text(encoding="ascii")
+    asked = [re.findall(r"sys\.version_info < \((\d+), (\d+)\)", script) for script in (powershell, bash)]
+    assert asked[0] == asked[1] == [("3", "11")]
+    named = re.findall(r"'py -3\.(\d+)'", powershell)
+    assert named == [n for n in re.findall(r"python3\.(\d+)", bash) if n in named] and len(named) >= 3
 
 
 @pytest.mark.skipif(shutil.which("pwsh") is None, reason="needs PowerShell")
