@@ -45,6 +45,7 @@ class Progress:
 
     def __post_init__(self) -> None:
         self._started = time.monotonic()
+        self.share = 0.0 if self.rates.num_steps else 1.0
 
     def advance(self) -> None:
         """Counts a step."""

@@ -42,8 +42,9 @@ def generate(
     """
     rng = random.Random(seed)
     made = 0
+    shares = {name: share for name, (share, _) in _TASKS.items() if level == 2 or name != "impossible"}
     while made < num_exchanges:
-        name = task or rng.choices(tuple(_TASKS), tuple(share for share, _ in _TASKS.values()))[0]
+        name = task or rng.choices(tuple(shares), tuple(shares.values()))[0]
         exchange = _TASKS[name][1](rng, level)
         if _is_held_out(exchange.key) == held_out:
             made += 1
@@ -62,11 +63,14 @@ def _is_held_out(key: str) -> bool:
 
 def _date(rng: random.Random, level: Level) -> Exchange:
     """`date: March 5th, 2021` -> `2021-03-05`."""
-    if level == 2 and rng.random() < 0.12:
-        date = impossible_date(rng)
-        return Exchange(_prompt(rng, "date", as_written(rng, date)), NOT_A_DATE, date.iso())
     date = some_date(rng)
     return Exchange(_prompt(rng, "date", as_written(rng, date, level), level), date.iso(), date.iso())
+
+
+def _impossible(rng: random.Random, level: Level) -> Exchange:
+    """`date: April 31, 2021` -> `not a date`."""
+    date = impossible_date(rng)
+    return Exchange(_prompt(rng, "date", as_written(rng, date), level), NOT_A_DATE, date.iso())
 
 
 def _digits(rng: random.Random, level: Level) -> Exchange:
@@ -156,9 +160,10 @@ def _max_digits(level: Level) -> int:
 
 
 _TASKS: dict[str, tuple[float, _Task]] = {
-    "date": (37, _date),
+    "date": (33, _date),
     "digits": (26, _digits),
     "words": (24, _words),
     "unknown": (8, _unknown),
     "unusable": (5, _unusable),
+    "impossible": (4, _impossible),
 }

@@ -125,9 +125,10 @@ def test_a_year_in_short_is_only_written_where_the_rule_gives_it_back() -> None:
 
 
 def test_impossible_dates_and_only_they_are_refused() -> None:
-    for exchange in generate(6, 2000, task="date"):
-        is_real = Date(*map(int, exchange.key.split("-"))).is_real()
-        assert exchange.answer == (exchange.key if is_real else NOT_A_DATE)
+    for task in ("date", "impossible"):
+        for exchange in generate(6, 1000, task=task):
+            assert Date(*map(int, exchange.key.split("-"))).is_real() == (task == "date")
+            assert exchange.answer == (exchange.key if task == "date" else NOT_A_DATE)
 
 
 def test_unknown_tasks_have_no_known_prefix() -> None:
