@@ -130,11 +130,34 @@ def attend(
 ) -> torch.Tensor:
     """Attention of [B, H, Tq, Dk] over [B, H, L, Dk] and [B, H, L, Dv]; the mask is bool, true where a key is seen.
 
-    Softcap and sinks have no fused kernel here; the plain form below serves them. Both are float32 inside.
+    Softcap and sinks have no fused kernel here; the plain form below serves them. Both are float32 inside. A mask may
+    also be one that is added, of the query's dtype.
     """
     if call.softcap is None and call.sinks is None:
+        if query.shape[2] == 1 and query.device.type == "cpu" and query.dtype is torch.bfloat16:
+            return attend_single(query, key, value, mask, call.scaling)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=call.scaling)
     return attend_plain(query, key, value, mask, call)
+
+
+def attend_single(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """Attention of one query row a KV head, [B, H, 1, D], by plain products: decoding without grouped heads.
+
+    The fused kernel does not use the processor's bfloat16 products for a single row. 8 rows of 12 heads over 1,500
+    keys, one thread: 3 ms instead of 70; over 64 keys 0.5 instead of 1.4. In float32 both are alike.
+    """
+    # Flat views: a slot's heads and the slots themselves lie at even distances.
+    keys, values = key.flatten(0, 1), value.flatten(0, 1)
+    rows = query.flatten(0, 1)
+    scores = torch.baddbmm(rows.new_empty(()), rows, keys.transpose(1, 2), beta=0.0, alpha=scaling)
+    shaped = scores.view(*query.shape[:3], -1)
+    if mask is not None and mask.dtype is torch.bool:
+        shaped.masked_fill_(mask.logical_not(), torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        shaped.add_(mask)
+    return torch.bmm(torch.softmax(scores, dim=-1), values).view(*query.shape[:3], -1)
 
 
 def attend_plain(

@@ -135,6 +135,28 @@ def test_blocks_of_queries_agree_with_the_plain_twin_over_the_whole(
     torch.testing.assert_close(got.float(), plain[0].transpose(0, 1), atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("kind", ["none", "bool", "added"])
+def test_a_single_row_by_plain_products_agrees_with_the_twin(kind: str) -> None:
+    torch.manual_seed(0)
+    num_slots, length = 3, 21
+    query = torch.randn(num_slots, HEADS, 1, DIM).bfloat16()
+    # Views of longer slots, as in an arena.
+    key = torch.randn(num_slots + 1, HEADS, 32, DIM).bfloat16()[:num_slots, :, :length]
+    value = torch.randn(num_slots + 1, HEADS, 32, VALUE_DIM).bfloat16()[:num_slots, :, :length]
+    seen = torch.arange(length) < torch.tensor([21, 4, 13])[:, None]
+    mask = {"none": None, "bool": seen[:, None, None], "added": None}[kind]
+    call = AttentionCall(0.3, None, None, None)
+    if kind == "added":
+        bias = torch.randn(num_slots, HEADS, 1, length).masked_fill(~seen[:, None, None], float("-inf"))
+        got = attend(query, key, value, bias.bfloat16(), call)
+        scores = torch.matmul(query.float(), key.float().transpose(-1, -2)) * 0.3 + bias
+        wanted = torch.matmul(torch.softmax(scores, -1), value.float())
+    else:
+        got = attend(query, key, value, mask, call)
+        wanted = attend_plain(query.float(), key.float(), value.float(), mask, call)
+    torch.testing.assert_close(got.float(), wanted, atol=4e-2, rtol=4e-2)
+
+
 def test_what_the_lane_cannot_honour_is_refused() -> None:
     tensor = torch.zeros(1, 2, 3, 4)
     with pytest.raises(NotFlat, match="outside a step"):
