@@ -6,6 +6,8 @@ import io
 import struct
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -347,6 +349,20 @@ def test_packets_that_cannot_be_decoded_are_not_tried_for_ever() -> None:
     header_only = b"\xff\xf1\x60\x40\x01\x1f\xfc\x00"
     with pytest.raises(UnreadableAudio, match="1001 packets of the audio cannot be decoded"):
         decode(header_only * 20_000, max_seconds=60)
+
+
+def test_files_decoded_at_once_give_what_each_gives_alone() -> None:
+    alone = {name: decode(data, max_seconds=60).samples for name, (data, _) in FILES.items()}
+    with ThreadPoolExecutor(4) as pool:
+        together = pool.map(lambda name: (name, decode(FILES[name][0], max_seconds=60).samples), [*FILES] * 3)
+        for name, samples in together:
+            np.testing.assert_array_equal(samples, alone[name])
+
+
+def test_the_version_to_install_is_the_one_that_is_tested() -> None:
+    root = Path(__file__).parents[2]
+    assert pyav_reader.PYAV in (root / "tests" / "requirements.txt").read_text().splitlines()
+    assert f"pip install {pyav_reader.PYAV} " in (root / "requirements.txt").read_text()
 
 
 def test_flac_is_found_behind_a_tag() -> None:
