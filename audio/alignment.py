@@ -1,7 +1,7 @@
 """Finds when each token was spoken from the attention that was paid to the audio while it was written.
 
 Knows nothing of words, models or tensors; takes the weights of the heads that follow the audio.
-Called by runtime/transcriber.py in a worker thread, once per window whose words need their times.
+Called by runtime/recordings.py in a worker thread, once per window whose words need their times.
 """
 
 from __future__ import annotations

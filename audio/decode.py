@@ -1,7 +1,7 @@
 """Makes the samples a speech model hears from the bytes of an uploaded file, whatever those bytes are.
 
 Knows nothing of HTTP, windows or models; never sees or opens a file name.
-Called by runtime/transcriber.py in a worker thread: decoding a long file takes seconds.
+Called by runtime/recordings.py in a worker thread: decoding a long file takes seconds.
 """
 
 from __future__ import annotations

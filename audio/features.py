@@ -1,7 +1,7 @@
 """Makes what Whisper's encoder takes of a window: its log-mel spectrogram, by the library's own feature extractor.
 
 Knows nothing of models or tensors, and not where the extractor comes from.
-Called by runtime/transcriber.py in a worker thread, once per window.
+Called by runtime/recordings.py in a worker thread, once per window.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Cuts a long recording at quiet points into windows that a speech model can take, exact to the sample.
 
 Knows nothing of models or words; a recording is 16 kHz samples, a window two offsets into it.
-Called by runtime/transcriber.py, once per recording.
+Called by runtime/recordings.py, once per recording.
 """
 
 from __future__ import annotations
