@@ -19,6 +19,8 @@ from config import Settings
 from engine.errors import EngineDead, NotServing, RequestTimeout, ServerError, UnsupportedParameter
 from engine.sequence import EngineStats, Sequence, SequenceOutput
 from runtime.admission import Admission
+from runtime.beam_search import BeamResult, beam_search
+from runtime.beams import BeamParams
 from runtime.engine_thread import IDLE_AFTER_S, EngineThread, StepEngine
 from runtime.generation import GenerationRequest
 from runtime.model_loading import LoadedStack, ModelInfo, Progress, load_model_stack
@@ -245,6 +247,10 @@ class ModelManager:
             del self._queues[sequence.sequence_id]
             if not is_over:
                 self._thread.abort(sequence.sequence_id)
+
+    async def search(self, request: GenerationRequest, params: BeamParams) -> BeamResult:
+        """Searches with beams, see runtime/beam_search.py; cancelling it frees everything at once."""
+        return await beam_search(self.generate, request, params, self.info.eos_token_ids)
 
     def transcribe(self, request: TranscriptionRequest) -> AsyncGenerator[TranscriptionEvent, None]:
         """Turns a recording into text, see Transcriber.transcribe; closing the iterator frees everything at once.

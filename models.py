@@ -78,6 +78,12 @@ Stop = Annotated[
 ]
 
 
+EarlyStopping = Annotated[
+    Annotated[bool, Tag("|bool")] | Annotated[Literal["never"], Tag("|word")],
+    Discriminator(lambda value: "|word" if isinstance(value, str) else "|bool"),
+]
+
+
 class GenerationFields(WireModel):
     """What chat and text completions have in common; None is the same as absent everywhere."""
 
@@ -99,6 +105,9 @@ class GenerationFields(WireModel):
     stop_token_ids: Items[int] | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
+    num_beams: int | None = None
+    length_penalty: float | None = None
+    early_stopping: EarlyStopping | None = None
     truncate: int | None = None
     forced_bos_token: str | int | None = None
     source_language: str | None = None

@@ -43,7 +43,7 @@ async def create_completion(
         raise UnsupportedParameter("echo is true: an encoder-decoder does not continue its prompt", param="echo")
     plan = completion_plan(body, manager.info.vocab_size)
     prompts = _prompts(body)
-    check_num_sequences(len(prompts), plan.num_choices)
+    check_num_sequences(len(prompts), plan.num_sequences)
     all_ids = await completion_ids(manager, prompts, plan.truncate)
     made = model_prompts(manager, body, all_ids, cache_salt=salt, param="prompt")
     choices = make_choices(request, parts, plan, made, cache_salt=salt, param="prompt")

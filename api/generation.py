@@ -13,9 +13,11 @@ from collections.abc import Sequence as Series
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+from api.beams import beam_deltas
 from api.metrics import Metrics
 from engine.sequence import FinishReason, SequenceOutput, TokenLogprobs
 from model_manager import GenerationRequest, ModelManager
+from runtime.beams import BeamParams
 from text.output import TextOutput
 
 
@@ -56,16 +58,25 @@ class Choice:
         request: what to run.
         text: its detokenizer and stop strings.
         metrics: hears of times and tokens.
+        beams: how it is searched for, together with the other choices of its prompt; None for by itself.
     """
 
     __slots__ = (
         "_first_s", "_last_s", "_metrics", "_num_released", "_pending", "_scheduled_s", "_text",
-        "index", "num_cached_tokens", "num_tokens", "request",
+        "beams", "index", "num_cached_tokens", "num_tokens", "request",
     )  # fmt: skip
 
-    def __init__(self, index: int, request: GenerationRequest, text: TextOutput, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        index: int,
+        request: GenerationRequest,
+        text: TextOutput,
+        metrics: Metrics,
+        beams: BeamParams | None = None,
+    ) -> None:
         self.index = index
         self.request = request
+        self.beams = beams
         self.num_tokens = 0
         self.num_cached_tokens = 0
         self._text = text
@@ -80,12 +91,13 @@ class Choice:
         """Runs it; closing the generator ends the sequence at once, and so does a stop string."""
         async with aclosing(manager.generate(self.request)) as outputs:
             async for output in outputs:
-                delta = self._advance(output)
+                delta = self.advance(output)
                 yield delta
                 if delta.finish_reason is not None:
                     return
 
-    def _advance(self, output: SequenceOutput) -> ChoiceDelta:
+    def advance(self, output: SequenceOutput) -> ChoiceDelta:
+        """What an output makes of it."""
         self._keep_time(output)
         ids = output.token_ids
         self.num_cached_tokens = output.num_cached_tokens
@@ -136,13 +148,14 @@ async def run(manager: ModelManager, choices: Series[Choice]) -> AsyncGenerator[
     Closing it ends every sequence that is still running. A slow reader makes the manager merge outputs: whatever waits
     here is bounded by one delta a choice.
     """
-    if len(choices) == 1:
-        async with aclosing(choices[0].deltas(manager)) as deltas:
+    runs = _runs(manager, choices)
+    if len(runs) == 1:
+        async with aclosing(runs[0]) as deltas:
             async for delta in deltas:
                 yield delta
         return
-    waiting: asyncio.Queue[ChoiceDelta | Exception | None] = asyncio.Queue(maxsize=len(choices))
-    pumps = [asyncio.create_task(_pump(choice.deltas(manager), waiting)) for choice in choices]
+    waiting: asyncio.Queue[ChoiceDelta | Exception | None] = asyncio.Queue(maxsize=len(runs))
+    pumps = [asyncio.create_task(_pump(deltas, waiting)) for deltas in runs]
     try:
         num_running = len(pumps)
         while num_running:
@@ -157,6 +170,18 @@ async def run(manager: ModelManager, choices: Series[Choice]) -> AsyncGenerator[
         for pump in pumps:
             pump.cancel()
         await asyncio.gather(*pumps, return_exceptions=True)
+
+
+def _runs(manager: ModelManager, choices: Series[Choice]) -> list[AsyncGenerator[ChoiceDelta, None]]:
+    """The deltas of each choice, or of each prompt's choices where they are found together."""
+    runs = []
+    waiting = list(choices)
+    while waiting:
+        first = waiting[0]
+        num_together = 1 if first.beams is None else first.beams.num_return_sequences
+        together, waiting = waiting[:num_together], waiting[num_together:]
+        runs.append(first.deltas(manager) if first.beams is None else beam_deltas(manager, together, first.beams))
+    return runs
 
 
 async def _pump(

@@ -13,9 +13,11 @@ import dataclasses
 from dataclasses import dataclass
 
 from api import bounds
+from api.beam_plan import beam_params
 from engine.errors import ContextLengthExceeded, InvalidValue
 from engine.sequence import SamplingParams
 from models import ChatCompletionRequest, CompletionRequest, GenerationFields
+from runtime.beams import BeamParams
 
 MAX_CHOICES = 128
 MAX_PRIORITY = 1000
@@ -50,6 +52,7 @@ class SamplingPlan:
         priority: lower runs first.
         truncate: how many of a prompt's last tokens to keep; None for all.
         service_tier: under which the answer says it was served.
+        beams: how to search; None for drawing each choice by itself.
     """
 
     params: SamplingParams
@@ -61,6 +64,12 @@ class SamplingPlan:
     priority: int
     truncate: int | None
     service_tier: str
+    beams: BeamParams | None = None
+
+    @property
+    def num_sequences(self) -> int:
+        """Most sequences of the engine at once, per prompt."""
+        return self.num_choices if self.beams is None else self.beams.num_beams
 
     def for_prompt(self, num_prompt_tokens: int, max_model_len: int, param: str) -> SamplingParams:
         """The parameters for a prompt of this length, seed aside; `param` is the field it came in.
@@ -103,6 +112,8 @@ def completion_plan(body: CompletionRequest, vocab_size: int) -> SamplingPlan:
     is_scoring = bool(body.echo) and (num_logprobs is not None or max_tokens == 0)
     if not is_scoring:
         return plan
+    if plan.beams is not None:
+        raise InvalidValue("max_tokens is 0: it must be at least 1 with num_beams above 1", param="max_tokens")
     return dataclasses.replace(plan, params=dataclasses.replace(plan.params, num_prompt_logprobs=num_logprobs or 0))
 
 
@@ -134,16 +145,19 @@ def _plan(
         stop_token_ids=bounds.stop_token_ids(body.stop_token_ids, vocab_size),
         num_logprobs=num_logprobs,
     )
+    num_choices = bounds.either(bounds.integer(body, "n", 1, MAX_CHOICES), 1)
+    beams = beam_params(body, params, num_choices)
     tier = _TIERS[body.service_tier or "auto"]
     priority = bounds.integer(body, "priority", -MAX_PRIORITY, MAX_PRIORITY)
     return SamplingPlan(
         params=params,
         max_tokens=max_tokens,
         default_max_tokens=default,
-        num_choices=bounds.either(bounds.integer(body, "n", 1, MAX_CHOICES), 1),
+        num_choices=num_choices,
         seed=bounds.integer(body, "seed", -(2**63), 2**64 - 1),
         stop=bounds.stop_strings(body.stop),
         priority=_TIER_PRIORITIES[tier] if priority is None else priority,
         truncate=bounds.integer(body, "truncate", 1),
         service_tier=tier,
+        beams=beams,
     )

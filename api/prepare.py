@@ -19,6 +19,7 @@ from api.params import SamplingPlan
 from api.sources import ModelPrompt
 from engine.errors import InvalidValue
 from model_manager import GenerationRequest
+from runtime.beams import BeamParams
 from text.output import TextOutput
 
 logger = logging.getLogger(__name__)
@@ -59,15 +60,22 @@ def make_choices(
             source=prompt.source,
         )
         text = TextOutput(parts.manager.tokenizer, prompt.token_ids, stop=plan.stop)
-        choices.append(Choice(index, generation, text, parts.metrics))
+        choices.append(Choice(index, generation, text, parts.metrics, _beams_for(plan, prompt)))
     return choices
+
+
+def _beams_for(plan: SamplingPlan, prompt: ModelPrompt) -> BeamParams | None:
+    """How to search from a prompt: what an encoder-decoder is made to begin with counts in a beam's length."""
+    if plan.beams is None or prompt.source is None:
+        return plan.beams
+    return dataclasses.replace(plan.beams, num_forced_tokens=len(prompt.token_ids) - 1)
 
 
 def check_num_sequences(num_prompts: int, num_choices: int) -> None:
     """Refuses a request of too many sequences, before any of them exists."""
     if num_prompts * num_choices > MAX_SEQUENCES:
         raise InvalidValue(
-            f"prompt has {num_prompts} prompts of n {num_choices}: at most {MAX_SEQUENCES} choices are allowed",
+            f"prompt has {num_prompts} prompts of n or num_beams {num_choices}: at most {MAX_SEQUENCES} are allowed",
             param="prompt",
         )
 

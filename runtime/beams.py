@@ -43,12 +43,12 @@ class Hypothesis:
     Args:
         token_ids: generated; the token that ended it is the last, unless it was cut off.
         score: sum of log-probabilities while it lives, divided by the length to the power of length_penalty at its end.
-        is_finished: whether it has ended.
+        end_token_id: the token that ended it; None while it lives, and when it was cut off at max_tokens.
     """
 
     token_ids: tuple[int, ...]
     score: float
-    is_finished: bool = False
+    end_token_id: int | None = None
 
 
 @dataclass(slots=True)
@@ -130,12 +130,13 @@ class Beams:
     def _finish(self, candidates: Sequence[Hypothesis], ends: Sequence[bool], length: int) -> None:
         """Only what would live on as a beam may finish; what is better than a finished one takes its place."""
         best = list(zip(candidates, ends, strict=True))[: self.params.num_beams]
-        ended = [
-            Hypothesis(candidate.token_ids, candidate.score / length**self.params.length_penalty, is_finished=True)
-            for candidate, is_end in best
-            if is_end
-        ]
+        ended = [self._ended(candidate, length) for candidate, is_end in best if is_end]
         self.finished = sorted([*self.finished, *ended], key=lambda one: -one.score)[: self.params.num_beams]
+
+    def _ended(self, candidate: Hypothesis, length: int) -> Hypothesis:
+        last = candidate.token_ids[-1]
+        score = candidate.score / length**self.params.length_penalty
+        return Hypothesis(candidate.token_ids, score, last if last in self.end_token_ids else None)
 
     def _could_improve(self, candidates: Sequence[Hypothesis], num_tokens: int, *, is_filled: bool) -> bool:
         """Whether the best live sequence might still beat the worst finished one."""
