@@ -2,8 +2,8 @@
 #
 #   docker build --target cpu -t transformers-openai-api:cpu --build-arg TORCH_INDEX_URL=... .
 #   docker run --init -p 7088:7088 -v model-cache:/cache transformers-openai-api:cpu --hf-model demo
-#   docker build -t transformers-openai-api:cuda .
 #   docker run --rm transformers-openai-api:cpu plan --hf-model demo     # what it would take, and whether it fits
+#   docker build -t transformers-openai-api:cuda .
 #   docker run --init --gpus all -p 7088:7088 -v model-cache:/cache transformers-openai-api:cuda
 #
 # Options follow the image's name, or are environment variables. Another port outside is `-p 8000:7088`; inside it is

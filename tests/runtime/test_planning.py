@@ -100,7 +100,7 @@ def test_a_static_cache_for_a_model_with_caches_of_its_own_is_refused_as_at_load
         dry_run(settings_of(tmp_path, static_cache=True))
     found = dry_run(settings_of(tmp_path))
     assert found.kv is not None and (found.kv.lane, found.kv.is_certain) == ("solo", True)
-    assert found.kv.bytes_fixed > 0 and found.kv.bytes_per_token == 0
+    assert found.kv.bytes_fixed > 1000 and found.kv.bytes_per_token <= 8  # some versions keep a mask of ones
     assert found.plan.fits and found.plan.longest == found.demand.max_model_len
 
 

@@ -19,7 +19,7 @@ from tests.engine.model.drawings import drawn, real
 from tests.zoo import SLIDING_WINDOW, VOCAB_SIZE
 
 FLAT = ("llama", "qwen3", "gemma2", "mistral", "deepseek_v3", "mixtral", "gpt2")
-SOLO = ("bloom", "falcon", "mamba", "recurrent_gemma", "qwen3_next", "jamba", "rwkv", "phi3_longrope")
+SOLO = ("bloom", "falcon", "mamba", "lfm2", "qwen3_next", "jamba", "rwkv", "phi3_longrope")
 
 
 @pytest.mark.parametrize("name", [*FLAT, *SOLO])
