@@ -35,7 +35,7 @@ FROM base AS server
 # The user owns the cache and nothing else; a new volume takes its owner from the image.
 RUN useradd --uid 1000 --create-home --shell /usr/sbin/nologin server \
     && install -d -o server -g server /cache /cache/huggingface
-ENV HF_HOME=/cache/huggingface
+ENV HF_HOME=/cache/huggingface CACHE_DIR=/cache/transformers-openai-api
 VOLUME /cache
 COPY --from=dependencies /venv /venv
 WORKDIR /app

@@ -227,7 +227,11 @@ def _speech(
     from runtime.speech_model import NotASpeechModel, speech_model_of
     from runtime.transcriber import transcriber_maker
 
-    recordings = Recordings(_feature_extractor(settings, source), max_seconds=settings.max_audio_seconds)
+    recordings = Recordings(
+        _feature_extractor(settings, source),
+        max_seconds=settings.max_audio_seconds,
+        median_width=loaded.model.config.median_filter_width,
+    )
     checkpoint = (loaded.model.config, loaded.model.generation_config, tokenizer)
     try:
         maker = transcriber_maker(

@@ -6,6 +6,7 @@ Made by model_loading.py for speech models; called by the transcriber, always on
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from runtime.speech_audio import Window
@@ -19,23 +20,32 @@ if TYPE_CHECKING:
     from runtime.speech_audio import Samples
 
 
+logger = logging.getLogger(__name__)
+
+
 class Recordings:
     """A SpeechAudio of files.
 
     Args:
         extractor: makes the model's spectrograms.
         max_seconds: longest recording that is decoded.
+        median_width: of the filter over attention, as the model's config names it.
     """
 
-    def __init__(self, extractor: FeatureExtractor, *, max_seconds: float) -> None:
+    def __init__(self, extractor: FeatureExtractor, *, max_seconds: float, median_width: int) -> None:
+        extractor.dither = 0.0  # noise drawn anew each time: the same recording would not give the same text
         self._extractor = extractor
         self._max_seconds = max_seconds
+        self._median_width = median_width
 
     def decode(self, data: bytes) -> Samples:
         """Mono samples at 16 kHz of an uploaded file; raises AudioError for what is none, or too long."""
         from audio.decode import decode
 
-        return decode(data, max_seconds=self._max_seconds).samples
+        audio = decode(data, max_seconds=self._max_seconds)
+        if audio.damage is not None:
+            logger.info("a recording is transcribed as far as it could be read: %s", audio.damage)
+        return audio.samples
 
     def windows(self, samples: Samples, chunking: VadChunking) -> list[Window]:
         """Where something is spoken, in order and without overlap."""
@@ -62,5 +72,7 @@ class Recordings:
         """When each token begins, and when the last ends; see SpeechAudio."""
         from audio.alignment import token_times
 
-        times = token_times(alignment, num_positions, first_row=first_row, num_tokens=num_tokens)
+        times = token_times(
+            alignment, num_positions, first_row=first_row, num_tokens=num_tokens, median_width=self._median_width
+        )
         return [start_s for start_s, _ in times] + [times[-1][1]]
