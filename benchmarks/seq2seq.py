@@ -79,6 +79,19 @@ def sources_of(model: Any, count: int, length: int) -> list[Source]:
     ]
 
 
+def build(model: Any, sources: list[Source], num_new_tokens: int) -> Engine:
+    """An engine with room for all sources at once, its weights packed as the loader packs them."""
+    loaded = describe(model)
+    prepack_linears(model, max_extra_bytes=loaded.num_bytes // MAX_EXTRA_SHARE)
+    config = EngineConfig(
+        max_num_seqs=len(sources),
+        max_batch_tokens=512,
+        max_model_len=num_new_tokens + 1,
+        max_source_len=max(source.num_positions for source in sources),
+    )
+    return build_engine(loaded, config, lambda _what, _share: None)
+
+
 def run_engine(engine: Engine, sources: list[Source], num_new_tokens: int, round_number: int) -> float:
     """All requests at once, in chunks of what the engine takes; seconds."""
     params = SamplingParams(max_tokens=num_new_tokens, temperature=0.0)
@@ -122,17 +135,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     shape, dtype = SHAPES[arguments.shape], DTYPES[arguments.dtype]
-    plain, served = make(shape, dtype), make(shape, dtype)
+    plain = make(shape, dtype)
     sources = sources_of(plain, arguments.requests, arguments.source_tokens)
-    loaded = describe(served)
-    prepack_linears(served, max_extra_bytes=loaded.num_bytes // MAX_EXTRA_SHARE)  # as the loader does
-    config = EngineConfig(
-        max_num_seqs=arguments.requests,
-        max_batch_tokens=512,
-        max_model_len=arguments.new_tokens + 1,
-        max_source_len=max(source.num_positions for source in sources),
-    )
-    engine = build_engine(loaded, config, lambda _what, _share: None)
+    engine = build(make(shape, dtype), sources, arguments.new_tokens)
     sys.stdout.write(f"lane {engine.lane.name}: {engine.lane.reason}\n")
     run_engine(engine, sources[:2], 4, 0)  # warm-up
     rows = []

@@ -35,6 +35,8 @@ DEMO_MODELS = {"demo": _DEMO / "chat", "demo-t5": _DEMO / "t5", "demo-whisper": 
 # Running streams are protected by the engine's pacing; these bound how long a step takes when nobody streams yet.
 MAX_BATCH_TOKENS_CPU = 512
 MAX_BATCH_TOKENS_ACCELERATOR = 2048
+# A window of speech is 1,500 positions to encode, too few to fill an accelerator; a CPU is busy with one.
+WINDOWS_PER_STEP_ACCELERATOR = 8
 # Of the memory that is free once the weights are in; the rest is for activations and for the machine's other work.
 KV_SHARE_OF_FREE_MEMORY = 0.8
 # Recurrent models and ALiBi have no bound of their own, but an engine needs one to plan by.
@@ -265,6 +267,8 @@ def _feature_extractor(settings: Settings, source: str) -> Any:
 
 def _engine_config(settings: Settings, loaded: LoadedModel, device: str) -> EngineConfig:
     default_tokens = MAX_BATCH_TOKENS_CPU if device == "cpu" else MAX_BATCH_TOKENS_ACCELERATOR
+    if device != "cpu" and loaded.family == "speech" and loaded.max_source_positions is not None:
+        default_tokens = WINDOWS_PER_STEP_ACCELERATOR * loaded.max_source_positions
     free_bytes = _free_bytes(device)
     kv_budget_bytes = settings.kv_cache_memory
     if kv_budget_bytes is None:
