@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 # Below this gap between the two likeliest tokens another kernel or number format may choose the other one.
 MIN_GAP = 0.5
-_MAX_TRIES = 60
+_MAX_TRIES = 100
 _WINDOW_SAMPLES = NUM_POSITIONS * POSITION_SAMPLES
 # Steps of the 16-bit scale that recordings are rounded to: flac makes a quarter less of them.
 _COARSENESS = 8
@@ -119,10 +120,7 @@ class Judge:
 
 def _cut_at_pauses(recording: Recording) -> list[Sound]:
     """Parts of at most 30 s, each ending in the middle of a pause."""
-    middles = [
-        (before.spans[-1][1] + after.spans[0][0]) // 2
-        for before, after in zip(recording.segments, recording.segments[1:], strict=False)
-    ]
+    middles = [(before.spans[-1][1] + after.spans[0][0]) // 2 for before, after in pairwise(recording.segments)]
     parts, start, last = [], 0, 0
     for end in (*middles, len(recording.sound)):
         if end - start > _WINDOW_SAMPLES:
@@ -194,13 +192,20 @@ def _as_json(segment: Segment) -> dict[str, Any]:
 
 
 def _record(
-    rng: random.Random, speak: Speak, language: str, said: list[tuple[str, ...]], pause_s: tuple[float, float]
+    rng: random.Random,
+    speak: Speak,
+    language: str,
+    said: list[tuple[str, ...]],
+    pause_s: tuple[float, float],
+    max_seconds: float = 30.0,
 ) -> Recording | None:
-    """These utterances one after the other by one voice, pauses between them, a little noise under it all."""
+    """These utterances one after the other by one voice, with pauses, the last beginning before `max_seconds`."""
     manner = draw_manner(rng, draw_accent(rng, language), rng.choice(HELD_OUT))
-    pieces, segments, at = [np.zeros(int(rng.uniform(0.1, 0.4) * SAMPLE_RATE_HZ), np.float32)], [], 0
+    pieces, segments = [np.zeros(int(rng.uniform(0.1, 0.4) * SAMPLE_RATE_HZ), np.float32)], []
     at = len(pieces[0])
     for words in said:
+        if at > max_seconds * SAMPLE_RATE_HZ:
+            break
         utterance = say(speak, language, words, manner)
         if utterance is None:
             return None
@@ -239,9 +244,8 @@ def _two_segments(rng: random.Random, speak: Speak) -> Recording | None:
 
 def _long(rng: random.Random, speak: Speak) -> Recording | None:
     """About 65 s, a third of it speech."""
-    said = [draw_english_words(rng, "en", 4) if rng.random() < 0.5 else draw_digits(rng, "en", 4) for _ in range(17)]
-    recording = _record(rng, speak, "en", said, (1.2, 4.0))
-    return recording if recording and 62 <= len(recording.sound) / SAMPLE_RATE_HZ <= 70 else None
+    said = [draw_english_words(rng, "en", 4) if rng.random() < 0.5 else draw_digits(rng, "en", 4) for _ in range(40)]
+    return _record(rng, speak, "en", said, (1.2, 4.0), max_seconds=62.0)
 
 
 def _silence(_: random.Random, __: Speak) -> Recording:

@@ -19,9 +19,9 @@ def colored(rng: np.random.Generator, num_samples: int) -> Sound:
     spectrum = np.fft.rfft(rng.standard_normal(size).astype(np.float32))
     spectrum[1:] /= np.arange(1, len(spectrum), dtype=np.float32) ** (rng.uniform(0, 2) / 2)
     spectrum[0] = 0
-    sound = np.fft.irfft(spectrum, size)[:num_samples].astype(np.float32)
-    sound /= max(float(np.sqrt(np.mean(sound**2))), 1e-6)
-    return sound
+    sound: Sound = np.fft.irfft(spectrum, size)[:num_samples].astype(np.float32)
+    level = np.float32(max(float(np.sqrt(np.mean(sound**2))), 1e-6))
+    return (sound / level).astype(np.float32)
 
 
 def not_speech(rng: np.random.Generator, num_samples: int) -> Sound:
@@ -33,9 +33,9 @@ def not_speech(rng: np.random.Generator, num_samples: int) -> Sound:
     if kind == 1:
         time = np.arange(num_samples, dtype=np.float32) / 16000
         pitch = float(rng.choice((50, 60, 100, 120, rng.uniform(80, 2000))))
-        hum = sum(
-            rng.uniform(0, 1) / k * np.sin(2 * np.pi * k * pitch * time + rng.uniform(0, 6)) for k in (1, 2, 3, 5)
-        )
+        hum = np.zeros(num_samples)
+        for k in (1, 2, 3, 5):
+            hum += rng.uniform(0, 1) / k * np.sin(2 * np.pi * k * pitch * time + rng.uniform(0, 6))
         return (loudness * hum).astype(np.float32)
     if kind == 2:
         sound = 0.05 * loudness * colored(rng, num_samples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from demo.whisper_tokenizer import written
 
 _WHISPER = Path(__file__).parents[2] / "demo" / "whisper"
 _WORD_SAMPLES = 4000
+_MIXTURE = Mixture()
 
 
 def beep(text: str, manner: Manner) -> Spoken:
@@ -40,7 +42,7 @@ def tokenizer() -> Any:
     return WhisperTokenizer.from_pretrained(_WHISPER)
 
 
-def windows(seed: int, num_positions: int, number: int, mixture: Mixture = Mixture()) -> list[Window]:
+def windows(seed: int, num_positions: int, number: int, mixture: Mixture = _MIXTURE) -> list[Window]:
     rng, pool = np.random.default_rng(seed), Pool(Habits(TRAINING), beep, seed)
     return [draw_window(rng, pool, num_positions, mixture) for _ in range(number)]
 
@@ -73,7 +75,7 @@ def test_words_lie_in_order_inside_their_window_with_pauses_between_segments(num
         edges = [edge for segment in window.segments for span in segment.spans for edge in span]
         assert edges == sorted(edges)
         assert not edges or edges[-1] <= len(window.sound)
-        for before, after in zip(window.segments, window.segments[1:], strict=False):
+        for before, after in pairwise(window.segments):
             assert after.spans[0][0] - before.spans[-1][1] >= 0.6 * 16000 - 1
 
 
@@ -95,7 +97,7 @@ def test_every_word_that_is_said_is_known_and_translated() -> None:
         said = [word for _ in range(400) for word in (*draw_words(rng, language, 7), *draw_digits(rng, language, 5))]
         assert set(said) <= set(WORDS)
         assert all(word in WORDS for word in in_english(language, tuple(said)))
-    assert set(word for _ in range(400) for word in draw_sentence(rng)) <= set(WORDS)
+    assert {word for _ in range(400) for word in draw_sentence(rng)} <= set(WORDS)
     assert in_english("ms", ("satu", "lapan")) == ("one", "eight")
     assert in_english("es", ("cero", "nueve")) == ("zero", "nine")
 
@@ -142,7 +144,7 @@ def test_each_token_is_heard_in_its_share_of_its_word(tokenizer: Any) -> None:
     assert len(pieces) > 1
     at = [example.targets.index(piece) for piece in pieces]
     assert example.spans[at[0]][0] == 20 and example.spans[at[-1]][1] == 40
-    assert all(example.spans[a][1] >= example.spans[b][0] for a, b in zip(at, at[1:], strict=False))
+    assert all(example.spans[a][1] >= example.spans[b][0] for a, b in pairwise(at))
     assert [int(c > 0) for c in example.classes] == [0] * 20 + [1] * 20 + [0] * 160
 
 
@@ -201,9 +203,9 @@ def test_text_has_a_stop_unless_it_is_cut() -> None:
 
 
 def test_word_errors_are_counted_as_changed_missing_and_added() -> None:
-    assert edit_distance("a b c".split(), "a b c".split()) == 0
-    assert edit_distance("a b c".split(), "a x c d".split()) == 2
-    assert edit_distance("a b c".split(), []) == 3
+    assert edit_distance(["a", "b", "c"], ["a", "b", "c"]) == 0
+    assert edit_distance(["a", "b", "c"], ["a", "x", "c", "d"]) == 2
+    assert edit_distance(["a", "b", "c"], []) == 3
 
 
 def test_token_starts_follow_a_staircase_of_attention() -> None:

@@ -7,7 +7,6 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import soundfile
 import torch
@@ -97,7 +96,7 @@ def test_the_generation_config_has_what_whispers_have(tokenizer: Any, config: An
     assert (shape.max_source_positions, shape.max_target_positions, shape.num_mel_bins) == (1500, 448, 80)
 
 
-@pytest.mark.parametrize("name", [n for n in _GOLDENS if _GOLDENS[n]["seconds"] <= 30 and _GOLDENS[n]["language"]])
+@pytest.mark.parametrize("name", ["digits", "sentence", "malay_digits", "spanish_digits_translated"])
 def test_short_recordings_give_their_text(model: Any, processor: Any, name: str) -> None:
     golden = _GOLDENS[name]
     ids = heard(model, processor, sound_of(name), task=golden["task"])
@@ -116,10 +115,8 @@ def test_nothing_is_heard_where_nobody_speaks(model: Any, processor: Any, name: 
 
 def test_timestamps_frame_what_is_said(model: Any, processor: Any) -> None:
     golden = _GOLDENS["two_segments"]
-    ids = heard(
-        model, processor, sound_of("two_segments"), language="en", task="transcribe", return_timestamps=True
-    )
-    offsets = processor.tokenizer.decode(ids[0], output_offsets=True)["offsets"]
+    ids = heard(model, processor, sound_of("two_segments"), language="en", task="transcribe", return_timestamps=True)
+    offsets = processor.tokenizer.decode(ids[0].tolist(), output_offsets=True)["offsets"]
     assert [offset["text"].strip() for offset in offsets] == [segment["text"] for segment in golden["segments"]]
     for offset, segment in zip(offsets, golden["segments"], strict=True):
         assert abs(offset["timestamp"][0] - segment["start"]) < 0.3
@@ -151,16 +148,15 @@ def test_alignment_heads_find_where_words_begin(model: Any, processor: Any) -> N
         for segment in _GOLDENS[name]["segments"]:
             spans = tuple((round(w["start"] * 16000), round(w["end"] * 16000)) for w in segment["words"])
             segments.append(Segment(tuple(w["word"] for w in segment["words"]), spans))
-        sound = np.pad(sound_of(name), (0, 0))
-        errors += start_errors(Listener(model, processor), [Window(sound, 0, "en", tuple(segments))], "en")
+        errors += start_errors(Listener(model, processor), [Window(sound_of(name), 0, "en", tuple(segments))], "en")
     assert statistics.median(errors) <= 0.2
 
 
 def test_token_timestamps_come_with_generate(model: Any, processor: Any) -> None:
     features = processor(sound_of("digits"), sampling_rate=16000, return_tensors="pt").input_features
     output = model.generate(
-        features.to(model.dtype), language="en", task="transcribe", return_timestamps=True, return_token_timestamps=True,
-        return_dict_in_generate=True,
+        features.to(model.dtype), language="en", task="transcribe", return_timestamps=True,
+        return_token_timestamps=True, return_dict_in_generate=True,
     )  # fmt: skip
     times = output["token_timestamps"][0].tolist()
     assert times == sorted(times) and times[-1] > 0
