@@ -7,7 +7,6 @@ Called by hand after training.
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
+from demo.scores import write_into_card
 from demo.speech.pool import Habits, Speak
 from demo.speech.speaking import SpeakerProcess
 from demo.speech.vocabulary import DIGITS, draw_digits, draw_english_words
@@ -125,14 +125,7 @@ def main() -> None:
         return
     for line in write_goldens(given.model, speak):
         print(line)
-    card = given.model / "README.md"
-    marked = re.sub(
-        r"(?<=<!-- scores -->\n).*(?=<!-- /scores -->)",
-        lambda _: table + "\n",
-        card.read_text(encoding="utf-8"),
-        flags=re.DOTALL,
-    )
-    card.write_text(marked, encoding="utf-8")
+    write_into_card(given.model / "README.md", table)
 
 
 def _table(lines: list[tuple[str, str, str]]) -> str:

@@ -62,17 +62,23 @@ class Optimizer:
     """Weights kept in float32 for a model that computes in bfloat16, as it is served: on a CPU three times as fast."""
 
     def __init__(
-        self, model: torch.nn.Module, rates: Rates, matrix_scale: Callable[[str, torch.nn.Parameter], float]
+        self,
+        model: torch.nn.Module,
+        rates: Rates,
+        matrix_scale: Callable[[str, torch.nn.Parameter], float],
+        max_gradient_norm: float | None = None,
     ) -> None:
-        """Casts the model to bfloat16.
+        """Casts the model to bfloat16; parameters that need no gradient stay as they are.
 
         Args:
             matrix_scale: by name and parameter, which share of the rate Muon changes it with; 0 leaves it to AdamW.
+            max_gradient_norm: longer gradients, of all weights together, are shortened to it.
         """
-        self._model, self._rates = model, rates
-        self._kept = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+        self._model, self._rates, self._max_gradient_norm = model, rates, max_gradient_norm
+        learnt = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._kept = {name: parameter.detach().clone().requires_grad_() for name, parameter in learnt.items()}
         model.to(torch.bfloat16)
-        scales = {name: matrix_scale(name, parameter) for name, parameter in model.named_parameters()}
+        scales = {name: matrix_scale(name, parameter) for name, parameter in learnt.items()}
         matrices = [
             {"params": [p for name, p in self._kept.items() if scales[name] == scale], "scale": scale}
             for scale in sorted(set(scales.values()) - {0.0})
@@ -83,17 +89,24 @@ class Optimizer:
 
     def step(self, rate: float) -> None:
         """One step at this share of the peak rates: gradients go to the kept weights, which come back rounded."""
-        for name, parameter in self._model.named_parameters():
+        learnt = {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
+        for name, parameter in learnt.items():
             assert parameter.grad is not None
             self._kept[name].grad = parameter.grad.float()
             parameter.grad = None
+        if self._max_gradient_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self._kept.values(), self._max_gradient_norm)
         for optimizer, peak in ((self._muon, self._rates.matrix_lr), (self._adamw, self._rates.vector_lr)):
             for group in optimizer.param_groups:
                 group["lr"] = peak * rate * group["scale"]
             optimizer.step()  # type: ignore[no-untyped-call]
         with torch.no_grad():
-            for name, parameter in self._model.named_parameters():
+            for name, parameter in learnt.items():
                 parameter.copy_(self._kept[name])
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights kept in float32, by name, as they are now."""
+        return {name: weight.detach() for name, weight in self._kept.items()}
 
 
 def running_mean(mean: float, new: float, step: int) -> float:

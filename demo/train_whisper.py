@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperProcessor, WhisperTokenizer
 
+from demo.optimization import Optimizer, Progress, Rates, running_mean
 from demo.speech.pool import Habits
 from demo.speech.speaking import SpeakerProcess
 from demo.speech.voices import TRAINING
@@ -56,6 +56,8 @@ class Recipe:
     last_share: float = 0.35
 
 
+# What training goes on from: the weights in float32, and those that a finished model no longer has.
+_WEIGHTS_FILE = "learner.pt"
 Stage = Literal["early", "main", "last"]
 _STAGES: tuple[Stage, ...] = ("early", "main", "last")
 # (positions, share of the batches): most is learnt from short parts, whose attention costs little; how words are found
@@ -89,66 +91,65 @@ def train(
     torch.manual_seed(recipe.seed)
     learner, tokenizer = _learner(recipe, start_from)
     _log.info("parameters: %s", sum(p.numel() for p in learner.whisper.parameters()))
-    # Weights are kept in float32 and used in bfloat16, as they are when served: on a CPU that is three times as fast.
-    kept = {name: p.detach().clone().requires_grad_() for name, p in learner.named_parameters() if p.requires_grad}
-    averaged = Averaged(kept)
-    learner.to(torch.bfloat16)
-    is_matrix = {name: p.ndim == 2 and ".layers." in name for name, p in kept.items()}
-    optimizers = (
-        torch.optim.Muon(
-            [p for name, p in kept.items() if is_matrix[name]], lr=recipe.matrix_lr, weight_decay=0.01, momentum=0.95
-        ),
-        torch.optim.AdamW(
-            [p for name, p in kept.items() if not is_matrix[name]],
-            lr=recipe.vector_lr, betas=(0.9, 0.98), weight_decay=0.0,
-        ),
-    )  # fmt: skip
-    peaks = (recipe.matrix_lr, recipe.vector_lr)
-    started, means, progress, step = time.monotonic(), torch.zeros(3), 0.0, 0
-    stage: Stage | None = None
-    while progress < 1:
-        due: Stage = (
-            "early" if progress < recipe.early_share else "main" if progress < 1 - recipe.last_share else "last"
-        )
-        if due != stage:
+    rates = Rates(
+        recipe.num_steps,
+        recipe.max_minutes,
+        recipe.matrix_lr,
+        recipe.vector_lr,
+        recipe.warmup_steps,
+        recipe.decay_share,
+    )
+    optimizer = Optimizer(learner, rates, _matrix_scale, max_gradient_norm=2.0)
+    averaged = Averaged(optimizer.weights())
+    progress, means, stage = Progress(rates), [0.0, 0.0, 0.0], None
+    while progress.share < 1:
+        if (due := _stage(recipe, progress.share)) != stage:
             stage = due
             made = iter(DataLoader(_Batches(tokenizer, recipe, stage), batch_size=None, num_workers=1))
         losses = learner.losses(_augmented(next(made)))
         losses.total().backward()  # type: ignore[no-untyped-call]
-        rate = min((step + 1) / recipe.warmup_steps, (1 - progress) / recipe.decay_share, 1.0)
-        _update(learner, kept, [(optimizer, peak * rate) for optimizer, peak in zip(optimizers, peaks, strict=True)])
-        averaged.add(kept)
-        step += 1
-        minutes = (time.monotonic() - started) / 60
-        progress = max(step / recipe.num_steps, minutes / recipe.max_minutes)
-        now = torch.stack((losses.tokens, losses.classes, losses.guide)).detach().float()
-        means = now if step == 1 else 0.95 * means + 0.05 * now
-        if step % 20 == 0:
+        optimizer.step(progress.rate())
+        averaged.add(optimizer.weights())
+        progress.advance()
+        now = (losses.tokens.item(), losses.classes.item(), losses.guide.item())
+        means = [running_mean(mean, new, progress.step) for mean, new in zip(means, now, strict=True)]
+        if progress.step % 20 == 0:
             _log.info(
                 "step %d  %.1f min  tokens %.4f  classes %.4f  guide %.4f  progress %.3f",
-                step,
-                minutes,
-                *means.tolist(),
-                progress,
+                progress.step,
+                progress.minutes,
+                *means,
+                progress.share,
             )
-        if step % 100 == 0:
-            _save_state(averaged, tokenizer, kept, checkpoints)
+        if progress.step % 100 == 0:
+            save(averaged.finished(tokenizer), tokenizer, checkpoints)
+            torch.save(optimizer.weights(), checkpoints / _WEIGHTS_FILE)
     return averaged.finished(tokenizer), tokenizer
+
+
+def _stage(recipe: Recipe, share: float) -> Stage:
+    """Which widths are due when so much of training is done."""
+    return "early" if share < recipe.early_share else "main" if share < 1 - recipe.last_share else "last"
+
+
+def _matrix_scale(name: str, parameter: torch.nn.Parameter) -> float:
+    """Muon changes the layers' matrices; convolutions, embeddings and the small maps are AdamW's."""
+    return 1.0 if parameter.ndim == 2 and ".layers." in name else 0.0
 
 
 class Averaged:
     """The mean of the weights of the last hundred steps: better than each while the learning rate is high."""
 
-    def __init__(self, kept: dict[str, torch.Tensor]) -> None:
-        self._means = {name: weight.detach().clone() for name, weight in kept.items()}
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        self._means = {name: weight.clone() for name, weight in weights.items()}
         self._num_steps = 0
 
     @torch.no_grad()
-    def add(self, kept: dict[str, torch.Tensor]) -> None:
+    def add(self, weights: dict[str, torch.Tensor]) -> None:
         """Takes the weights of one more step."""
         share = max(0.01, 1 / (1 + self._num_steps / 10))
         for name, mean in self._means.items():
-            mean.lerp_(kept[name], share)
+            mean.lerp_(weights[name], share)
         self._num_steps += 1
 
     def finished(self, tokenizer: WhisperTokenizer) -> WhisperForConditionalGeneration:
@@ -159,31 +160,12 @@ class Averaged:
 
 
 def _learner(recipe: Recipe, start_from: Path | None) -> tuple[Learner, WhisperTokenizer]:
-    """An untrained one, or the one that an earlier training left behind in learner.pt."""
+    """An untrained one, or the one that an earlier training left behind."""
     tokenizer = train_tokenizer(recipe.seed) if start_from is None else WhisperTokenizer.from_pretrained(start_from)
     learner = Learner(build_whisper(tokenizer))
     if start_from is not None:
-        learner.load_state_dict(torch.load(start_from / "learner.pt", weights_only=True), strict=False)
+        learner.load_state_dict(torch.load(start_from / _WEIGHTS_FILE, weights_only=True), strict=False)
     return learner, tokenizer
-
-
-def _update(
-    learner: Learner, kept: dict[str, torch.Tensor], optimizers: list[tuple[torch.optim.Optimizer, float]]
-) -> None:
-    """One step of each optimizer at its learning rate: gradients go to the kept weights, which come back rounded."""
-    parameters = dict(learner.named_parameters())
-    for name, weight in kept.items():
-        gradient = parameters[name].grad
-        weight.grad = None if gradient is None else gradient.float()
-        parameters[name].grad = None
-    torch.nn.utils.clip_grad_norm_(kept.values(), 2.0)
-    for optimizer, rate in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-    with torch.no_grad():
-        for name, weight in kept.items():
-            parameters[name].copy_(weight)
 
 
 def _augmented(batch: Batch) -> Batch:
@@ -207,12 +189,6 @@ def _in_bfloat16(batch: Batch) -> Batch:
 
 def _fields(batch: Batch) -> list[tuple[str, torch.Tensor]]:
     return [(name, getattr(batch, name)) for name in Batch.__dataclass_fields__]
-
-
-def _save_state(averaged: Averaged, tokenizer: WhisperTokenizer, kept: dict[str, torch.Tensor], out: Path) -> None:
-    """The checkpoint as it is served, and what training goes on from."""
-    save(averaged.finished(tokenizer), tokenizer, out)
-    torch.save({name: weight.detach() for name, weight in kept.items()}, out / "learner.pt")
 
 
 def save(model: WhisperForConditionalGeneration, tokenizer: WhisperTokenizer, out: Path) -> None:

@@ -19,6 +19,7 @@ import soundfile
 import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
+from demo.scores import MIN_GAP
 from demo.speech.noise import Sound, colored
 from demo.speech.pool import Speak, say
 from demo.speech.vocabulary import draw_digits, draw_english_words, draw_sentence, in_english
@@ -29,8 +30,6 @@ from demo.whisper_tokenizer import NO_TIMESTAMPS, START, written
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Below this gap between the two likeliest tokens another kernel or number format may choose the other one.
-MIN_GAP = 0.5
 _MAX_TRIES = 100
 _WINDOW_SAMPLES = NUM_POSITIONS * POSITION_SAMPLES
 # Steps of the 16-bit scale that recordings are rounded to: flac makes a quarter less of them.

@@ -79,6 +79,8 @@ class Learner(nn.Module):
         nn.init.normal_(self.position_map.weight, std=0.02 / (_WIDTH / 2) ** 0.5)
         self.register_buffer("stamp_waves", sinusoids(NUM_POSITIONS + 1, _WIDTH))
         self.register_buffer("position_waves", sinusoids(MAX_POSITIONS, _WIDTH))
+        # Only timestamps' and positions' maps are learnt; `finished` writes the tables out.
+        whisper.model.decoder.embed_positions.requires_grad_(False)
         AttentionInterface.register(_ATTENTION, _attend)
         whisper.set_attn_implementation(_ATTENTION)
 
