@@ -23,6 +23,7 @@ from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.model.loader import LoadRequest, load_model
+from engine.model.quantize import QuantiseRequest
 from engine.sequence import SamplingParams, Sequence
 
 
@@ -95,13 +96,17 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=512, help="token budget of a step")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--int4", action="store_true", help="int4 weights, as with --hqq True")
+    parser.add_argument("--group-size", type=int, default=64, help="of int4 weights")
+    parser.add_argument("--cache", type=Path, default=Path("build/int4"), help="where int4 weights are kept")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--profile", type=Path, metavar="TRACE", help="profile with torch; a Chrome trace goes here")
     arguments = parser.parse_args()
     directory = arguments.models / arguments.shape
     if not (directory / "config.json").exists():
         write_checkpoint(SHAPES[arguments.shape], directory)
-    request = LoadRequest(str(directory), dtype=arguments.dtype, device=arguments.device)
+    quantise = QuantiseRequest(arguments.group_size, arguments.cache) if arguments.int4 else None
+    request = LoadRequest(str(directory), dtype=arguments.dtype, device=arguments.device, quantise=quantise)
     loaded = load_model(request, lambda _what, _share: None)
     config = EngineConfig(
         max_num_seqs=arguments.clients,

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MA
 from engine.model.drift import measure_drift, trial_logits
 from engine.model.int4.linear import Int4Linear
 from engine.model.linear import prepack_linears
+from engine.model.native_linear import use_native_head
 from engine.model.quantize import Quantisation, QuantiseRequest
 
 logger = logging.getLogger(__name__)
@@ -145,6 +146,8 @@ def _load_quantised(
     except RuntimeError as error:
         raise LoadError(f"--hqq True: {_first_line(error)}") from error
     loaded = _settle(model, request, progress)
+    if quantisation.native_kernels is not None:
+        use_native_head(model, quantisation.native_kernels)
     if expected is not None and quantise.report_token_ids is not None:
         logger.info("%s", measure_drift(expected, trial_logits(loaded.model, quantise.report_token_ids)))
     return loaded

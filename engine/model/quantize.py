@@ -31,7 +31,9 @@ from engine.model.int4.disk import KeptWeights, WeightWriter, checkpoint_key
 from engine.model.int4.hqq import Int4Weight, solve
 from engine.model.int4.kernels import find_kernel
 from engine.model.int4.linear import Int4Linear, measure_min_dense_rows
+from engine.model.int4.native import NativeInt4
 from engine.model.int4.packed import Scratch
+from engine.model.native_kernels import NativeKernels
 from engine.model.resident import release_pages, trim_heap
 
 logger = logging.getLogger(__name__)
@@ -111,6 +113,15 @@ class Quantisation:
         self._num_done = 0
         self.failure: Exception | None = None  # transformers only says that there was one
         self.report: QuantiseReport | None = None
+
+    def __deepcopy__(self, _memo: object) -> Quantisation:
+        """Return this one: transformers' Auto classes copy what they are given, and a load is one thing."""
+        return self
+
+    @property
+    def native_kernels(self) -> NativeKernels | None:
+        """Our own kernels, where they are what multiplies."""
+        return self._kernel.kernels if issubclass(self._kernel, NativeInt4) else None
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class Int4Linear(nn.Module):
         is_transposed: whether the replaced module's own `weight` was [in_features, out_features] (Conv1D).
     """
 
-    _is_hf_initialized = True  # transformers initialises what its checkpoint lacks
+    _is_hf_initialized = True  # transformers initialises what the checkpoint lacks
 
     def __init__(
         self,
@@ -56,6 +56,8 @@ class Int4Linear(nn.Module):
         self._is_transposed = is_transposed
         shape = (self.in_features, self.out_features) if is_transposed else (self.out_features, self.in_features)
         self._stand_in = PackedWeight.of(self, torch.Size(shape), torch.bfloat16, device)
+        # Some architectures initialise their children's weights, and are to leave this one alone.
+        self._stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
 
     @property
     def num_weights(self) -> int:
