@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-INT4_GROUP_SIZE = 64
-# What serving takes when --model-type is left at its default and the config is not a decoder's.
-
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
@@ -87,7 +84,7 @@ def _reckon(settings: Settings, source: str, device: str, stored: StoredWeights 
     dtype = resolve_dtype(settings.torch_dtype, config, None if stored is None else stored.main_dtype)
     quantised_by = _method(config)
     model = _draw(request, config, dtype)
-    weights = count_weights(model, dtype, device, int4_group_size=INT4_GROUP_SIZE if settings.hqq else None)
+    weights = count_weights(model, dtype, device, int4_group_size=settings.hqq_group_size if settings.hqq else None)
     widths = measure_widths(model, dtype)
     kv: KVCost | None = None
     why_no_kv = ""

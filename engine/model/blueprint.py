@@ -16,6 +16,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from engine.model.int4.choice import choose_layers
+from engine.model.int4.cpu import CpuInt4
+from engine.model.int4.cuda import CudaInt4
 from engine.model.loader import DTYPES, MAX_EXTRA_SHARE, LoadError, LoadRequest, resolve_class
 from engine.model.valueless import META
 
@@ -124,7 +127,7 @@ def count_weights(model: Any, dtype: torch.dtype, device: str, *, int4_group_siz
         device: cpu, cuda or mps, where it will be.
         int4_group_size: weights that share a scale, with int4; None without.
     """
-    int4 = {} if int4_group_size is None else _quantisable(model, int4_group_size)
+    int4 = {} if int4_group_size is None else _quantisable(model, int4_group_size, device)
     kept = _kept_in_float32(model, dtype)
     by_dtype: Counter[str] = Counter()
     num_parameters = 0
@@ -178,15 +181,14 @@ def _number(config: Any, name: str) -> int:
         return 0
 
 
-def _quantisable(model: Any, group_size: int) -> dict[int, int]:
-    """Bytes in int4 of each weight that becomes it, by id: linears, but not the head, and none that does not divide."""
-    head = model.get_output_embeddings()
-    found = {}
-    for _, linear in _linears(model):
-        num_rows, num_columns = linear.weight.shape if type(linear) is nn.Linear else linear.weight.shape[::-1]
-        if linear is not head and num_columns % group_size == 0:
-            found[id(linear.weight)] = int4_bytes(num_rows, num_columns, group_size)
-    return found
+def _quantisable(model: Any, group_size: int, device: str) -> dict[int, int]:
+    """Bytes in int4 of each weight that becomes it, by id."""
+    kernel = CudaInt4 if device == "cuda" else CpuInt4
+    shapes = choose_layers(model, kernel, group_size).shapes
+    return {
+        id(model.get_submodule(name).weight): int4_bytes(num_rows, num_columns, group_size)
+        for name, (num_rows, num_columns) in shapes.items()
+    }
 
 
 def _linears(model: nn.Module) -> list[tuple[str, Any]]:

@@ -155,8 +155,7 @@ def test_a_quantised_checkpoint_is_named_and_counted_unpacked(checkpoint: Path, 
 
 
 def test_int4_shrinks_the_weights_and_needs_room_for_one_layer_unpacked(checkpoint: Path) -> None:
-    # Settings do not take it yet; what it would mean is known.
-    int4 = Settings.model_construct(**{**settings_of(checkpoint).model_dump(), "hqq": True, "torch_dtype": "bfloat16"})
+    int4 = settings_of(checkpoint, torch_dtype="bfloat16", hqq=True, hqq_group_size=32)
     found, plain = dry_run(int4), dry_run(settings_of(checkpoint, torch_dtype="bfloat16"))
     assert found.weights.num_quantised > 0
     assert found.weights.parameters < plain.weights.parameters

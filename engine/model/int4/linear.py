@@ -34,6 +34,7 @@ class Int4Linear(nn.Module):
         is_transposed: whether the replaced module's own `weight` was [in_features, out_features] (Conv1D).
     """
 
+    bias: nn.Parameter | None
     _is_hf_initialized = True  # transformers initialises what the checkpoint lacks
 
     def __init__(
