@@ -49,7 +49,7 @@ class FlatDecoder:
         self._cache = StepCache(num_layers, self.marker)
         decoder = model.get_decoder()
         # Encoder and decoder may share one config object; only the decoder's attention becomes ours.
-        self._configs = _own_configs(decoder)
+        self._configs = own_configs(decoder)
         self._plain_name = next(iter(self._configs.values()))._attn_implementation
         self._use(NAME)
         self._takes_positions = accepts(model, "decoder_position_ids")
@@ -96,10 +96,10 @@ class FlatDecoder:
             config._attn_implementation = name
 
 
-def _own_configs(decoder: torch.nn.Module) -> dict[int, Any]:
-    """Give the decoder's modules copies of their configs; by the id of the original."""
+def own_configs(side: torch.nn.Module) -> dict[int, Any]:
+    """Give the modules of the encoder or the decoder copies of their configs; by the id of the original."""
     copies: dict[int, Any] = {}
-    for module in decoder.modules():
+    for module in side.modules():
         config = module.__dict__.get("config")
         if config is None:
             continue

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import AttentionInterface
 from transformers.modeling_outputs import BaseModelOutput
 
 from engine.kv.pool import ResizeArena, Slot
 from engine.kv.slots import LayerShape, SlotStorage
+from engine.model import encoder_attention
 from engine.model.attention import NotFlat
 from engine.model.cross_attention import build_cross
 from engine.model.encoder import Encoder, LayerKV
-from engine.model.flat_decoder import FlatDecoder
+from engine.model.flat_decoder import FlatDecoder, own_configs
 from engine.model.inputs import build_inputs
 from engine.model.selfcheck import (
     TRIAL_FAILURES,
@@ -80,6 +82,10 @@ def try_flat(model: Any, device: torch.device, *, num_positions: int, is_speech:
         )
         encoder = Encoder(model, device, decoder.plain)
         error = _Trial(decoder, encoder, shapes, cross_shapes, device).compare(prompts, hiddens, expected)
+        if is_speech and encoder_attention.is_faster(model, device):
+            AttentionInterface.register(encoder_attention.NAME, encoder_attention.encoder_attention)
+            for config in own_configs(model.get_encoder()).values():
+                config._attn_implementation = encoder_attention.NAME
     except NotFlat as refusal:
         reason = str(refusal)
     except TRIAL_FAILURES as failure:
