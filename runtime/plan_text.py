@@ -84,15 +84,13 @@ def _kv(found: DryRun) -> Iterator[str]:
     if kv is None:
         yield f"cannot be told without weights ({found.why_no_kv})"
         return
-    if kv.bytes_per_source_position:
-        yield f"{kv.bytes_per_token:,} bytes a token of output (its own), {kv.bytes_per_source_position:,} a position"
-        source = "as many positions as the encoder makes of the input"
-        if kv.num_source_positions is not None:
-            cross = size(kv.num_source_positions * kv.bytes_per_source_position)
-            source = f"{kv.num_source_positions:,} positions always, {cross} a request"
-        yield f"of the source (cross-attention): {source}"
-    else:
+    if demand.max_source_len is None:
         yield f"{kv.bytes_per_token:,} bytes a token"
+    else:
+        yield f"{kv.bytes_per_token:,} bytes a token of output, {kv.bytes_per_source_position:,} a source's position"
+    if demand.max_source_len is not None and demand.is_source_fixed:
+        cross = size(demand.max_source_len * kv.bytes_per_source_position)
+        yield f"every source has {demand.max_source_len:,} positions: {cross} a request"
     if kv.bytes_fixed:
         yield f"+ {size(kv.bytes_fixed)} of state for each sequence, whatever its length"
     if kv.windows is not None:
@@ -100,16 +98,22 @@ def _kv(found: DryRun) -> Iterator[str]:
         kept = "all positions are kept nevertheless" if kv.lane == "flat" else "longer sequences take less than shown"
         yield f"{num_layers} layers see {window:,} tokens back and no further; {kept}"
     if demand.is_static:
-        yield "static: " + _static_arithmetic(found)
+        yield from _static_arithmetic(found)
 
 
-def _static_arithmetic(found: DryRun) -> str:
+def _static_arithmetic(found: DryRun) -> Iterator[str]:
+    """As the engine logs it at the start."""
     demand, (length,) = found.demand, found.plan.lengths
     assert found.kv is not None  # there are lengths, so there is KV
-    parts = f"{found.kv.bytes_per_token} bytes a token x {length.num_tokens} positions"
-    if length.num_source_positions:
-        parts += f" + {found.kv.bytes_per_source_position} bytes x {length.num_source_positions} source positions"
-    return f"({parts}) x {demand.max_num_seqs} slots = {length.batch_bytes} bytes"
+    stores = [("decoder", found.kv.bytes_per_token, length.num_tokens)]
+    if demand.max_source_len is not None:
+        stores.append(("encoder", found.kv.bytes_per_source_position, length.num_source_positions))
+    for name, num_bytes, num_positions in stores:
+        slot = num_bytes * num_positions
+        yield (
+            f"static, {name}: {num_bytes} bytes a token x {num_positions} positions = {slot} bytes a slot "
+            f"x {demand.max_num_seqs} slots = {slot * demand.max_num_seqs} bytes"
+        )
 
 
 def _memory(found: DryRun) -> list[str]:
@@ -149,7 +153,8 @@ def _verdict(found: DryRun) -> Iterator[str]:
     elif found.kv is None:
         yield "the weights fit; what a sequence takes shows at load"
     else:
+        source = "" if plan.longest_source is None else f" from a source of {plan.longest_source:,} positions"
         yield (
-            f"fits: up to {demand.max_num_seqs} sequences a step, the longest of {plan.longest:,} tokens; activations "
-            "are an estimate"
+            f"fits: up to {demand.max_num_seqs} sequences a step, the longest of {plan.longest:,} tokens{source}; "
+            "activations are an estimate"
         )

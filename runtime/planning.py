@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from config import Settings, StartupError
 from runtime import model_loading as loading
 from runtime.checkpoint import HeadersOutOfReach, NoWeights, StoredWeights, read_stored_weights
-from runtime.model_fit import check_fit, first_line, model_type_for
+from runtime.model_fit import check_fit, check_loaded, first_line, model_type_for
 from runtime.plan import Demand, Plan, make_plan
 
 if TYPE_CHECKING:
     from engine.model.blueprint import WeightBytes, Widths
     from engine.model.kv_cost import KVCost
-    from engine.model.loader import LoadRequest
+    from engine.model.loader import LoadedModel, LoadRequest
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,7 @@ def dry_run(settings: Settings) -> DryRun:
 def _reckon(settings: Settings, source: str, device: str, stored: StoredWeights | None, why_not_stored: str) -> DryRun:
     from engine.model.blueprint import count_weights, measure_widths, resolve_dtype
     from engine.model.kv_cost import NotMeasurable, measure_kv
+    from engine.model.loader import describe
 
     config = _config(settings, source)
     request = _request(settings, source, device, config)
@@ -85,6 +86,11 @@ def _reckon(settings: Settings, source: str, device: str, stored: StoredWeights 
     quantised_by = _method(config)
     model = _draw(request, config, dtype)
     weights = count_weights(model, dtype, device, int4_group_size=settings.hqq_group_size if settings.hqq else None)
+    loading_bytes = weights.total
+    if settings.hqq and settings.hqq_report:  # the plain weights come first, to compare with
+        loading_bytes = count_weights(model, dtype, device).parameters
+    loaded = describe(model)
+    check_loaded(settings, loaded)
     widths = measure_widths(model, dtype)
     kv: KVCost | None = None
     why_no_kv = ""
@@ -94,7 +100,7 @@ def _reckon(settings: Settings, source: str, device: str, stored: StoredWeights 
         why_no_kv = str(error)
     if kv is not None and kv.lane == "solo" and kv.is_certain and settings.static_cache:
         raise StartupError(f"--static-cache True: this model keeps a cache of its own for each sequence: {kv.reason}")
-    demand = _demand(settings, model.config, device, weights, kv, widths)
+    demand = _demand(settings, loaded, device, kv, loading_bytes, weights, widths)
     free_bytes = loading._free_bytes(device)
     return DryRun(
         model=settings.hf_model,
@@ -164,25 +170,31 @@ def _draw(request: LoadRequest, config: Any, dtype: Any) -> Any:
 
 
 def _demand(
-    settings: Settings, config: Any, device: str, weights: WeightBytes, kv: KVCost | None, widths: Widths
+    settings: Settings,
+    loaded: LoadedModel,
+    device: str,
+    kv: KVCost | None,
+    loading_bytes: int,
+    weights: WeightBytes,
+    widths: Widths,
 ) -> Demand:
     from engine.build import SMALLEST_SLOT
-    from engine.model.loader import decoder_positions
 
-    max_model_len = loading._max_model_len(settings, decoder_positions(config))
     default_tokens = loading.MAX_BATCH_TOKENS_CPU if device == "cpu" else loading.MAX_BATCH_TOKENS_ACCELERATOR
     max_num_seqs = settings.continuous_batching_batch_size
     return Demand(
         resident_bytes=weights.total,
-        scratch_bytes=weights.largest_layer,
+        loading_bytes=loading_bytes,
+        scratch_bytes=weights.scratch,
         widths=widths,
         num_step_tokens=settings.max_batch_tokens or max(default_tokens, max_num_seqs),
         kv=kv,
         kv_cache_memory=settings.kv_cache_memory,
         kv_share=loading.KV_SHARE_OF_FREE_MEMORY,
         max_num_seqs=max_num_seqs,
-        max_model_len=max_model_len,
-        max_source_len=settings.static_cache_encoder_max_length if settings.static_cache else None,
+        max_model_len=loading._max_model_len(settings, loaded.max_positions),
+        max_source_len=loading._max_source_len(settings, loaded),
+        is_source_fixed=loaded.family == "speech" or settings.static_cache,
         is_static=settings.static_cache,
         smallest_slot=SMALLEST_SLOT,
     )

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from engine.model.int4.choice import choose_layers
-from engine.model.int4.cpu import CpuInt4
+from engine.model.int4.cpu import CHUNK_WEIGHTS, CpuInt4
 from engine.model.int4.cuda import CudaInt4
 from engine.model.loader import DTYPES, MAX_EXTRA_SHARE, LoadError, LoadRequest, resolve_class
 from engine.model.valueless import META
@@ -41,7 +41,7 @@ class WeightBytes:
         packed_head: of a second, packed copy of a head that is tied to the embedding; at most, for packing is measured.
         num_parameters: of the model, whatever they are stored as.
         num_quantised: how many linear layers are int4.
-        largest_layer: of the largest linear layer unpacked, which int4 needs room for now and then.
+        scratch: that multiplying int4 weights by many rows works in.
     """
 
     by_dtype: Mapping[str, int]
@@ -49,7 +49,7 @@ class WeightBytes:
     packed_head: int
     num_parameters: int
     num_quantised: int = 0
-    largest_layer: int = 0
+    scratch: int = 0
 
     @property
     def parameters(self) -> int:
@@ -145,7 +145,7 @@ def count_weights(model: Any, dtype: torch.dtype, device: str, *, int4_group_siz
         packed_head=_packed_head_bytes(model, sum(by_dtype.values()) // MAX_EXTRA_SHARE) if packs else 0,
         num_parameters=num_parameters,
         num_quantised=len(int4),
-        largest_layer=max((_num_bytes(linear.weight) for _, linear in _linears(model)), default=0) if int4 else 0,
+        scratch=_scratch_bytes(model, set(int4), device),
     )
 
 
@@ -189,6 +189,12 @@ def _quantisable(model: Any, group_size: int, device: str) -> dict[int, int]:
         id(model.get_submodule(name).weight): int4_bytes(num_rows, num_columns, group_size)
         for name, (num_rows, num_columns) in shapes.items()
     }
+
+
+def _scratch_bytes(model: Any, int4: set[int], device: str) -> int:
+    """Of the largest weight unpacked, or of the piece of it that the CPU unpacks at a time."""
+    largest = max((_num_bytes(p) for p in model.parameters() if id(p) in int4), default=0)
+    return min(largest, CHUNK_WEIGHTS * torch.bfloat16.itemsize) if device == "cpu" else largest
 
 
 def _linears(model: nn.Module) -> list[tuple[str, Any]]:

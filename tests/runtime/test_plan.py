@@ -8,6 +8,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.build import _pools, _Store
+from engine.config import EngineConfig
 from engine.kv.pool import SlotOp, SlotPool, size_classes
 from engine.model.blueprint import Widths
 from engine.model.kv_cost import KVCost
@@ -15,16 +17,14 @@ from runtime.plan import Demand, estimate_activations, make_plan
 
 FLAT = KVCost("flat", False, "", bytes_per_token=1000)
 SOLO = KVCost("solo", True, "", bytes_per_token=100, bytes_fixed=50_000)
-SPEECH = KVCost(
-    "seq2seq", True, "", bytes_per_token=1000, bytes_per_source_position=1000, num_source_positions=1500
-)  # fmt: skip
-TEXT = replace(SPEECH, num_source_positions=None)
+TWO_SIDES = KVCost("seq2seq", False, "", bytes_per_token=1000, bytes_per_source_position=500)
 WIDTHS = Widths(hidden=64, widest=256, num_heads=4, vocab_size=1000, itemsize=2)
 
 
 def demand(**changes: Any) -> Demand:
     values: dict[str, Any] = {
         "resident_bytes": 10_000_000,
+        "loading_bytes": 10_000_000,
         "scratch_bytes": 0,
         "widths": WIDTHS,
         "num_step_tokens": 512,
@@ -34,6 +34,7 @@ def demand(**changes: Any) -> Demand:
         "max_num_seqs": 4,
         "max_model_len": 4096,
         "max_source_len": None,
+        "is_source_fixed": False,
         "is_static": False,
         "smallest_slot": 128,
     }
@@ -109,16 +110,62 @@ def test_state_counts_for_every_sequence_and_sizes_do_not_for_caches_of_their_ow
     assert recurrent.longest == 4096 and recurrent.lengths[-1].num_fitting == 2
 
 
+@given(
+    per_token=st.integers(1, 3000),
+    per_position=st.integers(1, 3000),
+    budget=st.integers(1, 30_000_000),
+    max_model_len=st.integers(1, 5000),
+    max_source_len=st.integers(1, 5000),
+)
+def test_as_many_encoder_decoder_sequences_fit_as_the_engine_s_two_pools_hand_out(
+    per_token: int, per_position: int, budget: int, max_model_len: int, max_source_len: int
+) -> None:
+    kv = replace(TWO_SIDES, bytes_per_token=per_token, bytes_per_source_position=per_position)
+    plan = make_plan(
+        demand(kv=kv, kv_cache_memory=budget, max_model_len=max_model_len, max_source_len=max_source_len),
+        free_bytes=10**9,
+    )
+    config = EngineConfig(max_num_seqs=100, max_batch_tokens=100, max_model_len=max_model_len, kv_budget_bytes=budget)
+    stores = [_Store("decoder", per_token, max_model_len), _Store("encoder", per_position, max_source_len)]
+    try:
+        pools = _pools(config, stores)
+    except ValueError:
+        assert not plan.fits
+        return
+    assert plan.fits
+    assert (plan.longest, plan.longest_source) == tuple(pool.capacities[-1] for pool in pools)
+    for length in plan.lengths:
+        pools = _pools(config, stores)
+        ops: list[SlotOp] = []
+        num_slots = 0
+        while num_slots < 200 and all(
+            pool.allocate(n, ops) is not None
+            for pool, n in zip(pools, (length.num_tokens, length.num_source_positions), strict=True)
+        ):
+            num_slots += 1
+        assert min(length.num_fitting, 200) == num_slots
+
+
 def test_a_source_counts_beside_the_output() -> None:
-    speech = make_plan(demand(kv=SPEECH, max_model_len=448), free_bytes=10**9)
-    (only,) = speech.lengths
-    assert (only.num_source_positions, only.used_bytes) == (1500, 448_000 + 1_500_000)
-    text = make_plan(demand(kv=TEXT, max_model_len=512), free_bytes=10**9)
-    assert (text.lengths[0].num_source_positions, text.lengths[0].used_bytes) == (512, 1_024_000)
-    # Not even one output token beside a source, and the longest source that has room for as long an output.
-    assert not make_plan(demand(kv=SPEECH, max_model_len=448, kv_cache_memory=1_400_000), free_bytes=10**9).fits
-    assert make_plan(demand(kv=SPEECH, max_model_len=448, kv_cache_memory=1_600_000), free_bytes=10**9).longest == 100
-    assert make_plan(demand(kv=TEXT, kv_cache_memory=1_000_000), free_bytes=10**9).longest == 500
+    speech = demand(kv=TWO_SIDES, max_model_len=400, max_source_len=1500, is_source_fixed=True)
+    (only,) = make_plan(speech, free_bytes=10**9).lengths
+    assert (only.num_source_positions, only.used_bytes) == (1500, 400_000 + 750_000)
+    text = make_plan(demand(kv=TWO_SIDES, max_model_len=4096, max_source_len=1000), free_bytes=10**9)
+    assert [length.num_source_positions for length in text.lengths] == [512, 1000, 1000]
+    # Windows of speech are all of one length: less room than for one of them is room for none.
+    assert not make_plan(replace(speech, kv_cache_memory=1_100_000), free_bytes=10**9).fits
+    assert make_plan(replace(speech, kv_cache_memory=1_150_000), free_bytes=10**9).fits
+    short = make_plan(demand(kv=TWO_SIDES, max_source_len=4096, kv_cache_memory=614_400), free_bytes=10**9)
+    assert (short.longest, short.longest_source) == (409, 409)  # a tenth of the longest, for both
+    assert "a source of 4096 positions does not fit: longer ones than 409 are refused" in short.warnings
+
+
+def test_a_solo_encoder_decoder_has_one_account_for_both() -> None:
+    kv = replace(TWO_SIDES, lane="solo", bytes_fixed=10_000)
+    plan = make_plan(demand(kv=kv, max_source_len=4096, kv_cache_memory=110_000), free_bytes=10**9)
+    assert (plan.longest, plan.longest_source) == (100, 200)
+    plan = make_plan(demand(kv=kv, max_source_len=4096, kv_cache_memory=10_000_000), free_bytes=10**9)
+    assert plan.lengths[0].num_fitting == 10_000_000 // (10_000 + 512 * 1500)
 
 
 def test_a_static_cache_is_all_of_it_or_nothing() -> None:
@@ -130,14 +177,16 @@ def test_a_static_cache_is_all_of_it_or_nothing() -> None:
     refused = make_plan(demand(is_static=True, max_model_len=256), free_bytes=10_000_000 + 1_279_998)
     assert refused.problems == ("--static-cache True: 1024000 bytes of slots, and 1023998 are free for it",)
     assert refused.lengths[0].num_fitting == 0
-    both = make_plan(demand(is_static=True, kv=TEXT, max_model_len=100, max_source_len=200), free_bytes=10**9)
-    assert both.lengths[0].batch_bytes == 4 * (100_000 + 200_000)
+    sides = demand(is_static=True, kv=TWO_SIDES, max_model_len=100, max_source_len=200, is_source_fixed=True)
+    assert make_plan(sides, free_bytes=10**9).lengths[0].batch_bytes == 4 * (100_000 + 100_000)
 
 
 def test_it_does_not_fit_when_the_weights_or_the_kv_memory_do_not() -> None:
     too_large = make_plan(demand(), free_bytes=9_000_000)
     assert too_large.problems == ("the weights need 1000000 bytes more than are free",)
     assert (too_large.longest, too_large.kv_budget_bytes) == (0, 0)
+    report = make_plan(demand(loading_bytes=40_000_000), free_bytes=30_000_000)
+    assert report.problems == ("loading needs 40000000 bytes for a while, and 30000000 are free",)
     greedy = make_plan(demand(kv_cache_memory=5_000_001), free_bytes=15_000_000)
     assert greedy.problems == ("--kv-cache-memory 5000001: 5000000 bytes are left after the weights",)
     assert make_plan(demand(kv_cache_memory=5_000_000), free_bytes=15_000_000).fits

@@ -22,6 +22,7 @@ def found(*, kv: KVCost | None = FLAT, free_bytes: int = 24 * GIB, **changes: An
     weights = WeightBytes({"bfloat16": 12 * GIB, "float32": 2**20}, buffers=512, packed_head=0, num_parameters=6 * GIB)
     values: dict[str, Any] = {
         "resident_bytes": weights.total,
+        "loading_bytes": weights.total,
         "scratch_bytes": 0,
         "widths": Widths(4096, 11008, 32, 32000, 2),
         "num_step_tokens": 512,
@@ -31,6 +32,7 @@ def found(*, kv: KVCost | None = FLAT, free_bytes: int = 24 * GIB, **changes: An
         "max_num_seqs": 20,
         "max_model_len": 4096,
         "max_source_len": None,
+        "is_source_fixed": False,
         "is_static": False,
         "smallest_slot": 128,
     }
@@ -81,10 +83,10 @@ def test_the_verdict_names_what_is_missing() -> None:
 
 def test_a_static_cache_is_shown_with_its_arithmetic() -> None:
     text = plan_text(found(is_static=True, max_model_len=256))
-    assert "static: (131072 bytes a token x 256 positions) x 20 slots = 671088640 bytes" in text
-    speech = replace(FLAT, lane="seq2seq", is_certain=True, bytes_per_source_position=1000, num_source_positions=1500)
-    text = plan_text(found(kv=speech, is_static=True, max_model_len=448))
-    assert "(131072 bytes a token x 448 positions + 1000 bytes x 1500 source positions) x 20 slots" in text
+    assert "static, decoder: 131072 bytes a token x 256 positions = 33554432 bytes a slot x 20 slots" in text
+    sides = replace(FLAT, lane="seq2seq", bytes_per_source_position=1000)
+    text = plan_text(found(kv=sides, is_static=True, max_model_len=448, max_source_len=1500, is_source_fixed=True))
+    assert "static, encoder: 1000 bytes a token x 1500 positions = 1500000 bytes a slot x 20 slots = 30000000" in text
 
 
 def test_what_a_sequence_keeps_is_told_by_kind() -> None:
@@ -94,13 +96,12 @@ def test_what_a_sequence_keeps_is_told_by_kind() -> None:
     assert "+ 2.0 KiB of state for each sequence" in text
     assert "3 layers see 4,096 tokens back and no further; longer sequences take less than shown" in text
     assert "all positions are kept nevertheless" in plan_text(found(kv=replace(FLAT, windows=(3, 4096))))
-    speech = KVCost(
-        "seq2seq", True, "an encoder-decoder", 6144, bytes_per_source_position=6144, num_source_positions=1500
-    )
-    text = plan_text(found(kv=speech, max_model_len=448))
-    assert "6,144 bytes a token of output (its own), 6,144 a position" in text
-    assert "1,500 positions always, 8.8 MiB a request" in text
+    sides = KVCost("seq2seq", False, "if exact", 6144, bytes_per_source_position=4096)
+    text = plan_text(found(kv=sides, max_model_len=448, max_source_len=1500, is_source_fixed=True))
+    assert "6,144 bytes a token of output, 4,096 a source's position" in text
+    assert "every source has 1,500 positions: 5.9 MiB a request" in text
     assert "source" in text.splitlines()[-4]
+    assert "the longest of 448 tokens from a source of 1,500 positions" in text.splitlines()[-1]
 
 
 def test_what_is_not_known_is_said_so() -> None:
@@ -117,7 +118,7 @@ def test_what_is_not_known_is_said_so() -> None:
 
 
 def test_int4_and_copies_are_told() -> None:
-    weights = WeightBytes({"int4": GIB}, 0, 2**20, num_parameters=2 * GIB, num_quantised=7, largest_layer=9)
+    weights = WeightBytes({"int4": GIB}, 0, 2**20, num_parameters=2 * GIB, num_quantised=7, scratch=9)
     text = plan_text(replace(found(), weights=weights))
     assert "7 linear layers in int4; embeddings, head and the rest as they are" in text
     assert "+ up to 1.0 MiB: a packed copy of the head" in text

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
 
 from config import Settings, StartupError
+from engine.kv.encoder_decoder import EncoderDecoderKV
 from engine.kv.pool import SlotPool
+from engine.model.int4.linear import Int4Linear
 from runtime import planning
 from runtime.checkpoint import HeadersOutOfReach
 from runtime.model_loading import load_model_stack
@@ -154,28 +155,52 @@ def test_a_quantised_checkpoint_is_named_and_counted_unpacked(checkpoint: Path, 
     assert found.weights.parameters == dry_run(settings_of(checkpoint)).weights.parameters
 
 
-def test_int4_shrinks_the_weights_and_needs_room_for_one_layer_unpacked(checkpoint: Path) -> None:
-    int4 = settings_of(checkpoint, torch_dtype="bfloat16", hqq=True, hqq_group_size=32)
-    found, plain = dry_run(int4), dry_run(settings_of(checkpoint, torch_dtype="bfloat16"))
-    assert found.weights.num_quantised > 0
+def test_int4_weights_are_told_as_they_are_loaded(checkpoint: Path, tmp_path: Path) -> None:
+    settings = settings_of(
+        checkpoint,
+        torch_dtype="bfloat16",
+        hqq=True,
+        hqq_group_size=32,
+        hqq_report=True,
+        cache_dir=str(tmp_path),
+    )
+    found, plain = dry_run(settings), dry_run(settings_of(checkpoint, torch_dtype="bfloat16"))
+    stack = load_model_stack(settings, lambda _doing, _share: None)
+    layers = [m for m in stack.engine.runner.model.modules() if isinstance(m, Int4Linear)]  # type: ignore[attr-defined]
+    assert found.weights.num_quantised == len(layers) > 0
+    assert found.weights.by_dtype["int4"] == sum(layer.num_bytes for layer in layers)
     assert found.weights.parameters < plain.weights.parameters
-    assert found.demand.scratch_bytes == found.weights.largest_layer > 0 == plain.demand.scratch_bytes
+    # The plain weights come first, for the report.
+    assert found.demand.loading_bytes == plain.weights.parameters
+    assert found.demand.scratch_bytes > 0 == plain.demand.scratch_bytes
 
 
-@pytest.mark.parametrize(
-    ("name", "architecture"), [("t5", "T5ForConditionalGeneration"), ("whisper", "WhisperForConditionalGeneration")]
-)
-def test_encoder_decoders_are_drawn_as_what_they_are(name: str, architecture: str, tmp_path: Path) -> None:
-    model = real(name)
-    model.save_pretrained(tmp_path)
-    settings = settings_of(tmp_path)
-    found = planning._reckon(settings, str(tmp_path), "cpu", None, "not asked")
-    assert found.architecture == architecture
-    assert found.weights.parameters == sum(p.nbytes for p in model.parameters())
-    assert found.kv is not None and found.kv.lane == "seq2seq"
-    longest = found.plan.lengths[-1]
-    if name == "whisper":
-        assert longest.num_tokens == AutoConfig.from_pretrained(tmp_path).max_target_positions
-        assert longest.num_source_positions == 60
+@pytest.mark.parametrize("options", [{}, {"static_cache": True, "continuous_batching_batch_size": 2}])
+def test_an_encoder_decoder_is_told_as_it_is_loaded(options: dict[str, Any]) -> None:
+    settings = settings_of("demo-t5", kv_cache_memory=None if options else 2**24, **options)
+    found = dry_run(settings)
+    stack = load_model_stack(settings, lambda _doing, _share: None)
+    info = stack.info
+    assert (found.architecture, found.demand.max_model_len) == (info.architecture, info.max_model_len)
+    assert found.demand.max_source_len == info.max_source_len
+    assert found.kv is not None and (found.kv.lane, found.kv.bytes_per_token) == (info.lane, info.kv_bytes_per_token)
+    kv: EncoderDecoderKV = stack.engine.kv  # type: ignore[attr-defined]
+    if options:
+        (length,) = found.plan.lengths
+        per_position = found.kv.bytes_per_source_position
+        allocated = kv.own.pool.num_tokens_allocated * info.kv_bytes_per_token
+        assert length.batch_bytes == allocated + kv.cross.pool.num_tokens_allocated * per_position
     else:
-        assert longest.num_source_positions == longest.num_tokens
+        assert found.plan.longest == kv.own.pool.capacities[-1]
+        assert found.plan.longest_source == kv.cross.pool.capacities[-1]
+
+
+def test_a_speech_model_s_sources_are_all_of_one_length(tmp_path: Path) -> None:
+    model = real("whisper")
+    model.save_pretrained(tmp_path)
+    found = dry_run(settings_of(tmp_path))
+    assert found.architecture == "WhisperForConditionalGeneration"
+    assert found.weights.parameters == sum(p.nbytes for p in model.parameters())
+    assert (found.demand.max_model_len, found.demand.max_source_len) == (model.config.max_target_positions, 60)
+    (length,) = found.plan.lengths
+    assert length.num_source_positions == 60

@@ -32,6 +32,7 @@ ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
         {"d_model": 64, "d_kv": 24, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4},
     ),
     "bart": ("AutoModelForSeq2SeqLM", _SIDES),
+    "bigbird_pegasus": ("AutoModelForSeq2SeqLM", {**_SIDES, "max_position_embeddings": 128}),
     "whisper": ("AutoModelForSpeechSeq2Seq", {**_SIDES, "num_mel_bins": 20, "max_source_positions": 60}),
 }
 

@@ -12,7 +12,9 @@ import torch
 from transformers import AutoConfig
 
 from engine.model.blueprint import count_weights, draw, int4_bytes, measure_widths, resolve_dtype
+from engine.model.int4.linear import Int4Linear
 from engine.model.loader import LoadError, LoadRequest, load_model
+from engine.model.quantize import QuantiseRequest
 from tests.engine.model.drawings import class_of, drawn, real
 from tests.zoo import VOCAB_SIZE
 
@@ -74,17 +76,21 @@ def test_int4_bytes_are_those_of_the_tensors_that_torch_s_kernel_takes(
     assert int4_bytes(num_rows, num_columns, group_size) == packed.nbytes + scales_and_zeros.nbytes
 
 
-def test_int4_is_for_linears_that_divide_and_leaves_embeddings_and_head() -> None:
-    plain = count_weights(drawn("llama", torch.bfloat16), torch.bfloat16, "cpu")
-    int4 = count_weights(drawn("llama", torch.bfloat16), torch.bfloat16, "cpu", int4_group_size=64)
-    # Of each of two layers: q, k, v, o, gate and up have 64 columns; down has 96, which 64 does not divide.
-    in_int4 = 2 * (64 * 64 * 2 + 32 * 64 * 2 + 96 * 64 * 2)
-    assert int4.num_quantised == 2 * 6
-    assert int4.by_dtype["int4"] == in_int4 // 2 + in_int4 // 64 * 4
-    assert int4.by_dtype["bfloat16"] == plain.parameters - 2 * in_int4
-    assert int4.by_dtype["bfloat16"] > 2 * VOCAB_SIZE * 64 * 2  # embedding and head
-    assert int4.num_parameters == plain.num_parameters
-    assert int4.largest_layer == VOCAB_SIZE * 64 * 2
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "t5"])
+def test_int4_weights_are_those_that_the_loader_makes(name: str, tmp_path: Path) -> None:
+    real(name, torch.bfloat16).save_pretrained(tmp_path)
+    request = LoadRequest(str(tmp_path), model_type=class_of(name), quantise=QuantiseRequest(group_size=32))
+    model = draw(request, AutoConfig.from_pretrained(tmp_path), torch.bfloat16)
+    plain = count_weights(model, torch.bfloat16, "cpu")
+    int4 = count_weights(model, torch.bfloat16, "cpu", int4_group_size=32)
+    loaded = load_model(request, lambda _doing, _share: None)
+    layers = [module for module in loaded.model.modules() if isinstance(module, Int4Linear)]
+    assert int4.num_quantised == len(layers) > 0
+    assert int4.by_dtype["int4"] == sum(layer.num_bytes for layer in layers)
+    assert int4.parameters == loaded.num_bytes < plain.parameters
+    assert int4.num_parameters == plain.num_parameters == loaded.num_parameters
+    assert int4.scratch == max(2 * layer.num_weights for layer in layers)
+    assert plain.scratch == 0
 
 
 def test_rows_and_columns_of_a_conv1d_are_the_other_way_round() -> None:

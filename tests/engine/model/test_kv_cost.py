@@ -64,10 +64,21 @@ def test_encoder_decoders_own_and_cross_keys_are_those_of_a_real_forward(name: s
     cache = model(**source, decoder_input_ids=torch.full((1, num_target), 3), use_cache=True).past_key_values
     own = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.self_attention_cache.layers)
     cross = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.cross_attention_cache.layers)
-    assert (cost.lane, cost.is_certain, cost.bytes_fixed) == ("seq2seq", True, 0)
+    assert (cost.lane, cost.is_certain, cost.bytes_fixed) == ("seq2seq", False, 0)
     assert cost.bytes_per_token * num_target == own
     assert cost.bytes_per_source_position * num_source == cross
-    assert cost.num_source_positions == (60 if name == "whisper" else None)
+    config = EngineConfig(max_num_seqs=2, max_batch_tokens=64, max_model_len=64, max_source_len=60)
+    lane = build_engine(describe(model), config, lambda _doing, _share: None).lane
+    assert (cost.lane, cost.bytes_per_token) == (lane.name, lane.kv_bytes_per_token)
+
+
+def test_an_encoder_decoder_that_is_not_for_the_flat_lane_is_told_so_before_it_is_loaded() -> None:
+    cost = measure_kv(drawn("bigbird_pegasus"))
+    model = real("bigbird_pegasus")
+    config = EngineConfig(max_num_seqs=2, max_batch_tokens=64, max_model_len=64, max_source_len=64)
+    lane = build_engine(describe(model), config, lambda _doing, _share: None).lane
+    assert (cost.lane, cost.is_certain, cost.reason) == ("solo", True, lane.reason)
+    assert (cost.bytes_per_token, cost.bytes_fixed) == (lane.kv_bytes_per_token, lane.kv_bytes_fixed)
 
 
 def test_a_flat_trial_that_fails_without_values_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
