@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.compile.steps import compile_steps
+from engine.compile.trial import TrialSetting
 from engine.config import EngineConfig
 from engine.engine import Engine, Lane
 from engine.kv.cross import CrossManager
@@ -61,6 +63,8 @@ def build_engine(loaded: LoadedModel, config: EngineConfig, progress: Progress) 
 def _build_solo(loaded: LoadedModel, config: EngineConfig, reason: str, sampler: Sampler) -> Engine:
     if config.is_static_cache:
         raise ValueError(f"--static-cache True: this model keeps a cache of its own for each sequence: {reason}")
+    if config.compile is not None:
+        raise ValueError(f"--torch-compile True: this model is stepped sequence by sequence, as it is: {reason}")
     runner = SoloRunner(loaded.model, loaded.device)
     sizes = measure_solo(runner, loaded.vocab_size, has_encoder=config.max_source_len is not None)
     states = StateManager(
@@ -79,7 +83,11 @@ def _build_flat(loaded: LoadedModel, config: EngineConfig, choice: LaneChoice, s
     kv = KVManager(pool, is_prefix_caching=config.is_prefix_caching)
     runner = FlatRunner(loaded.model, storage, kv.slot_of, loaded.device)
     runner.apply(pool.preallocate() if config.is_static_cache else ())
-    return Engine(config, Lane("flat", choice.reason, storage.bytes_per_token), runner, kv, sampler)
+    compiled = None
+    if config.compile is not None:
+        setting = TrialSetting(choice.shapes, loaded.vocab_size, loaded.device)
+        runner.program = compiled = compile_steps(runner.program, setting, config.compile, config.max_num_seqs)
+    return Engine(config, Lane("flat", choice.reason, storage.bytes_per_token), runner, kv, sampler, compiled)
 
 
 def _build_seq2seq(loaded: LoadedModel, config: EngineConfig, parts: Seq2SeqParts, sampler: Sampler) -> Engine:
@@ -106,7 +114,14 @@ def _build_seq2seq(loaded: LoadedModel, config: EngineConfig, parts: Seq2SeqPart
     )
     if config.is_static_cache:
         runner.apply([*pool.preallocate(), *map(CrossOp, cross_pool.preallocate())])
-    return Engine(config, Lane("seq2seq", parts.reason, per_token), runner, kv, sampler)
+    compiled = None
+    if config.compile is not None:
+        decoder = parts.decoder
+        setting = TrialSetting(
+            parts.shapes, loaded.vocab_size, loaded.device, parts.cross_shapes, decoder.marker, decoder.biases
+        )
+        runner.program = compiled = compile_steps(decoder, setting, config.compile, config.max_num_seqs)
+    return Engine(config, Lane("seq2seq", parts.reason, per_token), runner, kv, sampler, compiled)
 
 
 @dataclass(frozen=True, slots=True)

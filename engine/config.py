@@ -11,6 +11,19 @@ from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
+class CompileConfig:
+    """How decode steps are compiled.
+
+    Args:
+        directory: where compiled code is kept between starts.
+        is_autotuned: whether kernels are chosen by measuring, which takes longer (--torch-compile-mode max-autotune).
+    """
+
+    directory: Path
+    is_autotuned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Limits of one engine.
 
@@ -25,6 +38,7 @@ class EngineConfig:
         is_static_cache: one slot of max_model_len tokens for each of max_num_seqs, allocated when the engine is built.
         eos_token_ids: tokens that end a sequence unless it ignores EOS.
         profile_directory: where a few steps' traces go (--torch-profiling); None for no profiling.
+        compile: how decode steps are compiled (--torch-compile); None for not at all.
     """
 
     max_num_seqs: int
@@ -36,3 +50,4 @@ class EngineConfig:
     is_static_cache: bool = False
     eos_token_ids: frozenset[int] = frozenset()
     profile_directory: Path | None = None
+    compile: CompileConfig | None = None

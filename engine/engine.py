@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
+from engine.compile.steps import CompiledSteps
 from engine.config import EngineConfig
 from engine.errors import ServerError, StepFailed
 from engine.model.runner import Runner, StepLogits
@@ -48,14 +50,24 @@ class Engine:
         runner: the forward.
         kv: the accounting of its memory.
         sampler: chooses tokens from logits.
+        compiled: the runner's steps, where they are compiled.
     """
 
-    def __init__(self, config: EngineConfig, lane: Lane, runner: Runner, kv: KVAccounting, sampler: Sampler) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        lane: Lane,
+        runner: Runner,
+        kv: KVAccounting,
+        sampler: Sampler,
+        compiled: CompiledSteps | None = None,
+    ) -> None:
         self.config = config
         self.lane = lane
         self.runner = runner
         self.kv = kv
         self.sampler = sampler
+        self.compiled = compiled
         self.profiler = None if config.profile_directory is None else StepProfiler(config.profile_directory)
         self.pacing = Pacing()
         self.scheduler = Scheduler(config, kv, self.pacing)
@@ -80,7 +92,13 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether step() has anything to do."""
-        return bool(self.scheduler.waiting or self.scheduler.running)
+        has_sequences = bool(self.scheduler.waiting or self.scheduler.running)
+        return has_sequences or (self.compiled is not None and self.compiled.has_work())
+
+    def wake_with(self, wake: Callable[[], None]) -> None:
+        """Call `wake`, on any thread, when has_work becomes true by itself."""
+        if self.compiled is not None:
+            self.compiled.wake_with(wake)
 
     @torch.inference_mode()
     def step(self) -> list[SequenceOutput]:
@@ -88,6 +106,8 @@ class Engine:
 
         A fault of one row ends that sequence, a fault of the forward ends the batch's; the engine lives through both.
         """
+        if self.compiled is not None:
+            self.compiled.advance()
         started = time.perf_counter()
         outputs = self.scheduler.expire()
         batch = self.scheduler.schedule()
@@ -123,6 +143,7 @@ class Engine:
             steps_total=self._steps_total,
             step_tokens_total=self._step_tokens_total,
             last_step_tokens=self._last_step_tokens,
+            compiled_batch_sizes=() if self.compiled is None else self.compiled.sizes,
         )
 
     def profile_again(self) -> None:
@@ -143,6 +164,8 @@ class Engine:
             self.scheduler.finish(sequence, can_keep=False)
             self._forget(sequence)
         self.runner.reset()
+        if self.compiled is not None:
+            self.compiled.close()
 
     def _compute(self, batch: Batch) -> list[SequenceOutput]:
         result = self.runner.forward(batch)

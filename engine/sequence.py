@@ -268,6 +268,7 @@ class EngineStats:
     steps_total: int = 0
     step_tokens_total: int = 0
     last_step_tokens: int = 0
+    compiled_batch_sizes: tuple[int, ...] = ()
 
     @property
     def kv_cache_usage_ratio(self) -> float:

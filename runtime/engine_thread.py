@@ -45,6 +45,9 @@ class StepEngine(Protocol):
     def on_idle(self) -> None:
         """Gives memory back and checks the books."""
 
+    def wake_with(self, wake: Callable[[], None]) -> None:
+        """Takes what is to be called, on any thread, when has_work becomes true by itself."""
+
     def profile_again(self) -> None:
         """Profiles a few more steps, where profiling is on; called from any thread."""
 
@@ -125,6 +128,7 @@ class EngineThread:
         try:
             engine = self._open_engine()
             try:
+                engine.wake_with(self._news.set)
                 self._serve(engine)
             finally:
                 self._busy_since_s = None

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from engine.kv.slots import Arena, LayerShape
 from engine.model.cross_attention import attend_cross
-from engine.model.inputs import Chunk, DecodeGroup
+from engine.model.inputs import Chunk, DecodeGroup, FlatInputs
 from engine.model.relative_bias import bias_table, is_relative
 from engine.model.step import FlatStep, Recording, current_step
 
@@ -101,9 +101,15 @@ def flat_attention(
         step.windows.append(sliding_window)
     layer = step.num_calls
     step.num_calls += 1
-    inputs = step.inputs
+    return attend_flat(step.inputs, layer, query, key, value, call), None
+
+
+def attend_flat(
+    inputs: FlatInputs, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall
+) -> torch.Tensor:
+    """One layer's attention of a step's tokens, [1, H, T, D] each: [1, T, H, Dv]; their slots gain their K and V."""
     if len(inputs.groups) == 1 and not inputs.chunks:
-        return _attend_group(inputs.groups[0], layer, query[0], key[0], value[0], call), None
+        return _attend_group(inputs.groups[0], layer, query[0], key[0], value[0], call)
     output = query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
     for group in inputs.groups:
         part = slice(group.first, group.last)
@@ -111,7 +117,7 @@ def flat_attention(
     for chunk in inputs.chunks:
         part = slice(chunk.first, chunk.last)
         output[0, part] = _attend_chunk(chunk, layer, query[0, :, part], key[0, :, part], value[0, :, part], call)
-    return output, None
+    return output
 
 
 def _bias(step: FlatStep, module: torch.nn.Module) -> torch.Tensor:

@@ -56,6 +56,36 @@ def accepts(model: torch.nn.Module, name: str) -> bool:
     return name in inspect.signature(model.forward).parameters
 
 
+class StepProgram(Protocol):
+    """What computes a flat step: a lane's own, or compiled steps in its place."""
+
+    model: Any
+
+    def run(self, step: FlatStep) -> torch.Tensor:
+        """Logits [R, V] of the tokens that inputs.logit_rows names; slots gain the tokens' K and V."""
+
+
+class FlatModel:
+    """A causal LM, driven flat.
+
+    Args:
+        model: whose attention implementation is set to model/attention.py's.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._keeps_rows = accepts(model, "logits_to_keep")
+
+    def run(self, step: FlatStep) -> torch.Tensor:
+        """As StepProgram.run."""
+        inputs = step.inputs
+        kwargs: dict[str, Any] = {"logits_to_keep": inputs.logit_rows} if self._keeps_rows else {}
+        with flat_step(step):
+            output = self.model(input_ids=inputs.input_ids, position_ids=inputs.position_ids, use_cache=False, **kwargs)
+        logits: torch.Tensor = output.logits[0]
+        return logits if self._keeps_rows else logits[inputs.logit_rows]
+
+
 class FlatRunner:
     """Runs every token of a step in one forward, KV in slots.
 
@@ -75,7 +105,7 @@ class FlatRunner:
         self.storage = storage
         self.slot_of = slot_of
         self.device = device
-        self._keeps_rows = accepts(model, "logits_to_keep")
+        self.program: StepProgram = FlatModel(model)
 
     def apply(self, ops: Iterable[StorageOp]) -> None:
         """Resize and copy storage as the accounting decided."""
@@ -92,12 +122,7 @@ class FlatRunner:
 
     def run(self, inputs: FlatInputs) -> torch.Tensor:
         """The model over flat inputs; logits [R, V]."""
-        kwargs: dict[str, Any] = {"logits_to_keep": inputs.logit_rows} if self._keeps_rows else {}
-        step = FlatStep(inputs, self.storage)
-        with flat_step(step):
-            output = self.model(input_ids=inputs.input_ids, position_ids=inputs.position_ids, use_cache=False, **kwargs)
-        logits: torch.Tensor = output.logits[0]
-        return logits if self._keeps_rows else logits[inputs.logit_rows]
+        return self.program.run(FlatStep(inputs, self.storage))
 
     def forget(self, sequence: Sequence) -> None:
         """Nothing: what a sequence owns is its slot, and the accounting takes that back."""

@@ -18,7 +18,7 @@ from engine.model.cross_attention import CrossStep, build_cross
 from engine.model.encoder import Encoder
 from engine.model.flat_decoder import FlatDecoder
 from engine.model.inputs import build_inputs
-from engine.model.runner import StepLogits
+from engine.model.runner import StepLogits, StepProgram
 from engine.model.step import FlatStep
 from engine.scheduler import Batch
 from engine.sequence import Sequence, Source
@@ -56,6 +56,7 @@ class Seq2SeqRunner:
         device: torch.device,
     ) -> None:
         self.decoder = decoder
+        self.program: StepProgram = decoder
         self.encoder = encoder
         self.storage = storage
         self.cross_storage = cross_storage
@@ -81,7 +82,7 @@ class Seq2SeqRunner:
         self._encode(self.cross.to_encode([item.sequence for item in batch.items]))
         inputs = build_inputs(batch, self.slot_of, self.storage, self.device)
         cross = build_cross(inputs, self.cross.slot_of, self.cross_storage, self.decoder.marker, self.alignment_heads)
-        logits = self.decoder.run(FlatStep(inputs, self.storage, cross, biases=self.decoder.biases))
+        logits = self.program.run(FlatStep(inputs, self.storage, cross, biases=self.decoder.biases))
         _keep_weights(cross)
         return StepLogits(inputs.items, logits)
 

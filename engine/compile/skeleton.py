@@ -1,0 +1,140 @@
+"""A model without its values: what a compiler needs of it, as bytes that another process can read.
+
+Knows nothing of compilers, steps or caches.
+Written by compile/steps.py in the serving process; read by compile/worker.py, once for each graph that it traces.
+
+Every tensor, wherever a module keeps it, is replaced by its number. Whoever reads the bytes gives the tensors: traced
+ones, so that each becomes an input of the graph. The weights then exist once, in the serving process, packed or
+quantised as they are, and compiled code is small and the same for all checkpoints of an architecture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import inspect
+import io
+import json
+import pickle
+import platform
+import sys
+from collections.abc import Sequence as Series
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.model.linear import PackedWeight
+
+# What a checkpoint's config says of itself and no computation depends on.
+_NAMES_IN_CONFIG = ("_name_or_path", "name_or_path", "transformers_version", "architectures")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What is known of a tensor without its values."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """An object without the tensors it holds.
+
+    Args:
+        data: of the object.
+        specs: of its tensors, in the order of their numbers.
+        fingerprint: the same for all that compile to the same code.
+    """
+
+    data: bytes
+    specs: tuple[TensorSpec, ...]
+    fingerprint: str
+
+
+class _Writer(pickle.Pickler):
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self.tensors: list[torch.Tensor] = []
+        self._numbers: dict[int, int] = {}
+
+    def persistent_id(self, value: Any) -> tuple[Any, ...] | None:
+        if isinstance(value, PackedWeight):
+            return ("stand-in", tuple(value.shape), value.dtype)
+        if not isinstance(value, torch.Tensor):
+            return None
+        number = self._numbers.get(id(value))
+        if number is None:
+            number = self._numbers[id(value)] = len(self.tensors)
+            self.tensors.append(value)
+        return ("tensor", number)
+
+
+class _Reader(pickle.Unpickler):
+    def __init__(self, data: bytes, tensors: Series[torch.Tensor]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._tensors = tensors
+
+    def persistent_load(self, pid: tuple[Any, ...]) -> torch.Tensor:
+        if pid[0] == "tensor":
+            return self._tensors[pid[1]]
+        # Its dtype and shape are all that is ever asked for; a graph that took its values would hold a meta tensor.
+        return torch.empty(pid[1], dtype=pid[2], device="meta")
+
+
+def take_skeleton(program: Any, model: torch.nn.Module) -> tuple[Skeleton, list[torch.Tensor]]:
+    """What `program`, which runs `model`, is without its tensors, and the tensors.
+
+    Raises:
+        pickle.PicklingError, TypeError, AttributeError: it holds something that no other process could have.
+    """
+    file = io.BytesIO()
+    writer = _Writer(file)
+    writer.dump(program)
+    specs = tuple(_spec(tensor) for tensor in writer.tensors)
+    data = file.getvalue()
+    return Skeleton(data, specs, _fingerprint(model, specs)), writer.tensors
+
+
+def put_on(skeleton: bytes, tensors: Series[torch.Tensor]) -> Any:
+    """The object again, with tensors in the places of those it had. The bytes must come from take_skeleton."""
+    return _Reader(skeleton, tensors).load()
+
+
+def _spec(tensor: torch.Tensor) -> TensorSpec:
+    shape = tuple(tensor.shape)
+    # A packed weight has no strides; what stands for it in a trace is as any weight.
+    stride = torch.empty(shape, device="meta").stride() if tensor.is_mkldnn else tensor.stride()
+    return TensorSpec(shape, tuple(stride), tensor.dtype, str(tensor.device))
+
+
+def _fingerprint(model: torch.nn.Module, specs: Series[TensorSpec]) -> str:
+    """Not of the bytes: the order of a set differs from process to process."""
+    config = getattr(model, "config", None)
+    values = {} if config is None else {k: v for k, v in config.to_dict().items() if k not in _NAMES_IN_CONFIG}
+    parts = [
+        repr(model),
+        json.dumps(values, sort_keys=True, default=str),
+        repr(specs),
+        _source(type(model)),
+        *(_hash_of_file(path) for path in sorted(Path(__file__).parent.parent.rglob("*.py"))),
+        *(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers")),
+        f"{sys.version} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+    ]
+    if torch.cuda.is_available():
+        parts.append(torch.cuda.get_device_name())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _source(model_class: type) -> str:
+    """Of classes that came with a checkpoint; transformers' own are named by its version."""
+    path = inspect.getsourcefile(model_class)
+    return "" if path is None else _hash_of_file(Path(path))
+
+
+def _hash_of_file(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

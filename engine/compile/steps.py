@@ -1,0 +1,231 @@
+"""Decode steps by compiled code where that is there, right and faster; eager everywhere else.
+
+Knows nothing of scheduling or sampling; what compiles is compile/compiler.py.
+Stands in the place of a lane's own program: the runners call run, engine.py gives it moments between steps.
+
+Code is compiled for certain numbers of rows. A step runs in the smallest bucket that it fits, with rows that belong to
+nobody behind its own. A bucket begins to serve after a trial, on the engine thread and in pieces of one step each, has
+found that it computes what the eager step computes and takes less time: eager code on packed weights is hard to beat
+for some models and sizes.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Series
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from engine.compile.compiler import Compiler, Failure, Package
+from engine.compile.skeleton import take_skeleton
+from engine.compile.trial import TrialSetting
+from engine.config import CompileConfig
+from engine.model import operators  # registers what compiled code calls
+from engine.model.attention import NotFlat
+from engine.model.runner import StepProgram
+from engine.model.selfcheck import judge, row_errors
+from engine.model.step import FlatStep, flat_step
+
+logger = logging.getLogger(__name__)
+
+MEASURED_ROUNDS = 3
+assert operators.NAMESPACE
+
+
+def bucket_sizes(max_rows: int) -> tuple[int, ...]:
+    """Powers of two below it, and `max_rows` itself."""
+    sizes = [1]
+    while sizes[-1] * 2 < max_rows:
+        sizes.append(sizes[-1] * 2)
+    return tuple(sizes) if max_rows == 1 else (*sizes, max_rows)
+
+
+class CompiledCode:
+    """One bucket's code with the model's tensors.
+
+    Args:
+        package: of steps of `package.size` rows.
+        tensors: the model's, in the order of the skeleton.
+
+    Raises:
+        RuntimeError: the package cannot be loaded.
+    """
+
+    def __init__(self, package: Package, tensors: list[torch.Tensor]) -> None:
+        self.size = package.size
+        self._tensors = tensors
+        self._loader: Any = torch._inductor.aoti_load_package(str(package.path)).loader
+
+    def run(self, step: FlatStep) -> torch.Tensor:
+        """As StepProgram.run, for a step of at most `size` single tokens."""
+        inputs = step.inputs
+        num_rows = inputs.input_ids.shape[1]
+        ids, positions = inputs.input_ids, inputs.position_ids
+        if num_rows < self.size:
+            ids, positions = (F.pad(tensor, (0, self.size - num_rows)) for tensor in (ids, positions))
+        with flat_step(step):
+            logits: torch.Tensor = self._loader.run([*self._tensors, ids, positions])[0]
+        return logits[:num_rows] if inputs.logit_rows.shape[0] == num_rows else logits[inputs.logit_rows]
+
+
+class CompiledSteps:
+    """A program that runs decode steps compiled where it can.
+
+    Args:
+        program: the eager one.
+        tensors: the model's, as take_skeleton gave them.
+        compiler: of the program's skeleton.
+        setting: what trials are made of.
+        sizes: the buckets, ascending.
+    """
+
+    def __init__(
+        self,
+        program: StepProgram,
+        tensors: list[torch.Tensor],
+        compiler: Compiler,
+        setting: TrialSetting,
+        sizes: Series[int],
+    ) -> None:
+        self.program = program
+        self.model = program.model
+        self._tensors = tensors
+        self._compiler = compiler
+        self._setting = setting
+        self._live: dict[int, CompiledCode] = {}
+        self._trial: Iterator[None] | None = None
+        self._again: set[int] = set()  # sizes that have had their second chance
+        compiler.request(sizes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The buckets that serve."""
+        return tuple(sorted(self._live))
+
+    def run(self, step: FlatStep) -> torch.Tensor:
+        """As StepProgram.run."""
+        code = self._code_for(step)
+        if code is None:
+            return self.program.run(step)
+        try:
+            return code.run(step)
+        except Exception:
+            logger.exception("compiled steps of %d sequences failed; eager from here on", code.size)
+            del self._live[code.size]
+            if step.cross is not None:
+                step.cross.num_calls = 0
+            return self.program.run(step)
+
+    def wake_with(self, wake: Callable[[], None]) -> None:
+        """Call `wake`, on any thread, when has_work becomes true."""
+        self._compiler.wake_with(wake)
+
+    def has_work(self) -> bool:
+        """Whether advance() has something to do."""
+        return self._trial is not None or self._compiler.has_results()
+
+    def advance(self) -> None:
+        """Go on with what the compiler has made, for the time of about one step."""
+        if self._trial is None:
+            result = self._compiler.take()
+            if isinstance(result, Failure):
+                logger.warning("steps of %d sequences stay eager: %s", result.size, result.reason)
+            elif result is not None:
+                self._trial = self._try(result)
+            return
+        if next(self._trial, self) is self:
+            self._trial = None
+
+    def close(self) -> None:
+        """End compiling, and drop what was compiled."""
+        self._compiler.close()
+        self._trial = None
+        self._live.clear()
+
+    def _code_for(self, step: FlatStep) -> CompiledCode | None:
+        if not self._live or step.inputs.chunks or (step.cross is not None and step.cross.chunks):
+            return None
+        num_rows = step.inputs.input_ids.shape[1]
+        sizes = [size for size in self._live if size >= num_rows]
+        return self._live[min(sizes)] if sizes else None
+
+    def _try(self, package: Package) -> Iterator[None]:
+        """Load, compare, measure; one step between two yields."""
+        size = package.size
+        try:
+            code = CompiledCode(package, self._tensors)
+            yield
+            error = 0.0
+            for num_rows in sorted({size, size // 2 + 1}):
+                steps = self._setting.steps(num_rows)
+                expected = self.program.run(steps())
+                yield
+                error = max(error, _compare(code.run(steps()), expected))
+                yield
+        except Exception as failure:  # whatever compiled code does, the server goes on without it
+            self._give_up(package, failure)
+            return
+        taken = {id(code): float("inf"), id(self.program): float("inf")}
+        for _ in range(MEASURED_ROUNDS):
+            for program in (self.program, code):
+                taken[id(program)] = min(taken[id(program)], _time(program, steps()))
+                yield
+        eager_ms, compiled_ms = 1e3 * taken[id(self.program)], 1e3 * taken[id(code)]
+        origin = "found on disk" if package.seconds is None else f"compiled in {package.seconds:.0f} s"
+        if compiled_ms >= eager_ms:
+            logger.info(
+                "steps of %d sequences stay eager: %.1f ms, compiled %.1f (%s)", size, eager_ms, compiled_ms, origin
+            )
+            return
+        self._live[size] = code
+        logger.info(
+            "steps of up to %d sequences are compiled: %.1f ms instead of %.1f, equal within %.1e (%s)",
+            size, compiled_ms, eager_ms, error, origin,
+        )  # fmt: skip
+
+    def _give_up(self, package: Package, failure: Exception) -> None:
+        words = f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
+        self._compiler.discard(package)
+        # What was found on disk may be at fault; what was made just now will not be better next time.
+        if package.seconds is None and package.size not in self._again:
+            self._again.add(package.size)
+            logger.warning("%s is of no use (%s): removed, to be compiled again", package.path, words)
+            self._compiler.request([package.size])
+        else:
+            logger.warning("steps of %d sequences stay eager: %s", package.size, words)
+
+
+def compile_steps(program: StepProgram, setting: TrialSetting, config: CompileConfig, max_rows: int) -> CompiledSteps:
+    """The program, to be compiled behind.
+
+    Raises:
+        ValueError: the model cannot be handed to another process.
+    """
+    try:
+        skeleton, tensors = take_skeleton(program, program.model)
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        raise ValueError(f"--torch-compile True: this model cannot be taken apart: {error}") from error
+    compiler = Compiler(skeleton, config.directory, is_autotuned=config.is_autotuned)
+    return CompiledSteps(program, tensors, compiler, setting, bucket_sizes(max_rows))
+
+
+def _compare(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest relative error of a row; raises NotFlat where that is more than rounding."""
+    error = judge(row_errors(logits, expected), expected.dtype)
+    if expected.dtype == torch.float32 and not torch.equal(logits.argmax(-1), expected.argmax(-1)):
+        raise NotFlat("greedy tokens differ from the eager step's")
+    return error
+
+
+def _time(program: StepProgram | CompiledCode, step: FlatStep) -> float:
+    """Seconds that a step takes."""
+    started = time.perf_counter()
+    logits = program.run(step)
+    if logits.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started

@@ -1,0 +1,128 @@
+"""A decode step of a fixed number of rows as a graph, traced from a model without values.
+
+Knows nothing of code generation, caches or processes.
+Called by compile/worker.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AttentionInterface
+
+from engine.compile.skeleton import Skeleton, TensorSpec, put_on
+from engine.kv.slots import SlotStorage
+from engine.model import operators
+from engine.model.attention import NAME, NotFlat
+from engine.model.cross_attention import CrossStep
+from engine.model.inputs import FlatInputs
+from engine.model.linear import PackedLinear
+from engine.model.relative_bias import is_relative
+from engine.model.step import FlatStep
+
+_ops = getattr(torch.ops, operators.NAMESPACE)
+
+
+def trace_step(skeleton: Skeleton, num_rows: int) -> torch.export.ExportedProgram:
+    """The graph of (tensors, input_ids [1, B], position_ids [1, B]) -> logits [B, V].
+
+    Raises:
+        Exception: whatever a model's code raises that cannot be traced (a branch on a value, an unknown operator).
+    """
+    device = skeleton.specs[0].device
+    with FakeTensorMode():
+        tensors = [_fake(spec) for spec in skeleton.specs]
+        ids, positions = (torch.zeros((1, num_rows), dtype=torch.int64, device=device) for _ in range(2))
+    with torch.no_grad():
+        program = torch.export.export(_Step(skeleton.data, device), (tensors, ids, positions), strict=False)
+    if program.constants or program.state_dict:
+        raise RuntimeError(f"{len(program.constants) + len(program.state_dict)} tensors of the model were not found")
+    return program
+
+
+def _fake(spec: TensorSpec) -> Tensor:
+    return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=spec.device)
+
+
+class _Step(nn.Module):
+    """One step of the program whose skeleton this is."""
+
+    def __init__(self, skeleton: bytes, device: str) -> None:
+        super().__init__()
+        self._skeleton = skeleton
+        self._device = torch.device(device)
+
+    def forward(self, tensors: list[Tensor], input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor]:
+        program = put_on(self._skeleton, tensors)
+        for module in program.model.modules():
+            if isinstance(module, PackedLinear) and module._packed is not None:
+                module.forward = _PackedForward(module)  # type: ignore[method-assign]
+        marker = getattr(program, "marker", None)
+        AttentionInterface.register(NAME, _Attention(marker))
+        rows = torch.arange(input_ids.shape[1], device=self._device)
+        inputs = FlatInputs((), input_ids, position_ids, rows, (), ())
+        cross = None if marker is None else CrossStep(marker, (), (), {})
+        logits: Tensor = program.run(FlatStep(inputs, SlotStorage((), self._device), cross))
+        return (logits,)
+
+
+class _PackedForward:
+    """In the place of a PackedLinear's forward: inductor wants to know the values of weights packed by oneDNN."""
+
+    def __init__(self, module: PackedLinear) -> None:
+        self._packed, self._bias = module._packed, module._bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        result: Tensor = _ops.packed_linear(x, self._packed, self._bias)
+        return result
+
+
+class _Attention:
+    """What models call as attention while they are traced: numbers the calls, and leaves the rest to the operators.
+
+    Args:
+        marker: what a decoder hands over in the place of its encoder's K and V; None where there is no encoder.
+    """
+
+    def __init__(self, marker: Tensor | None) -> None:
+        self._marker = marker
+        self._num_calls = 0
+        self._num_cross_calls = 0
+        self._biases: list[int] = []  # ids of the modules with a relative bias, as they came
+        self._bias: int | None = None
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """As flat_attention, which has refused what this lane cannot do when the model was checked."""
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if self._marker is not None and key is self._marker:
+            layer, self._num_cross_calls = self._num_cross_calls, self._num_cross_calls + 1
+            return _ops.attend_cross(query, layer, value.shape[3], scaling, softcap), None
+        if attention_mask is not None:
+            raise NotFlat("the model makes an attention mask of its own")
+        layer, self._num_calls = self._num_calls, self._num_calls + 1
+        bias = None if position_bias is None else self._bias_of(module)
+        return _ops.attend(query, key, value, layer, scaling, sliding_window, softcap, s_aux, bias), None
+
+    def _bias_of(self, module: nn.Module) -> int | None:
+        if is_relative(module):
+            if id(module) not in self._biases:
+                self._biases.append(id(module))
+            self._bias = self._biases.index(id(module))
+        return self._bias

@@ -1,0 +1,105 @@
+"""Attention and packed linears as operators that a compiler does not look into.
+
+Knows nothing of compilers: schemas, what they compute here, and the shapes that they have while a step is traced.
+Called by compiled steps (engine/compile/), which read the current step through them as the eager forward does.
+
+A compiled step is a graph for a fixed number of rows. What changes from step to step (slots, lengths, how many of the
+rows are real) is in the current step, and no argument. The graph does not know that attention writes to slots: it has
+no need to, for each layer's attention takes what the layer before it gave.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.model.attention import AttentionCall, attend, attend_flat
+from engine.model.cross_attention import attend_cross
+from engine.model.step import FlatStep, current_step
+
+NAMESPACE = "transformers_openai_api"
+
+# Plain registrations: torch.library.custom_op adds checks to every call, and there are hundreds in a step.
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_library.define(
+    "attend(Tensor query, Tensor key, Tensor value, int layer, float scaling, int? window, float? softcap, "
+    "Tensor? sinks, int? bias) -> Tensor"
+)
+_library.define("attend_cross(Tensor query, int layer, int value_dim, float scaling, float? softcap) -> Tensor")
+_library.define("packed_linear(Tensor x, Tensor packed, Tensor? bias) -> Tensor")
+
+
+def _step() -> FlatStep:
+    step = current_step()
+    if not isinstance(step, FlatStep):
+        raise RuntimeError("a compiled step ran outside of a step")
+    return step
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: int,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    bias: int | None,
+) -> Tensor:
+    """One layer's attention of [1, H, B, Dk] rows: [1, B, H, Dv], zeros for rows that only fill the bucket.
+
+    The storage of the step gains K and V of its real rows. `bias` is the number of the relative bias, in the order in
+    which the model's layers came to theirs.
+    """
+    step = _step()
+    table = None if bias is None else tuple(step.biases.values())[bias]
+    call = AttentionCall(scaling, window, softcap, sinks, table)
+    num_rows = step.inputs.input_ids.shape[1]
+    if num_rows == query.shape[2]:
+        return attend_flat(step.inputs, layer, query, key, value, call).contiguous()
+    rows = slice(num_rows)
+    output = query.new_zeros((1, query.shape[2], query.shape[1], value.shape[3]))
+    output[:, rows] = attend_flat(step.inputs, layer, query[:, :, rows], key[:, :, rows], value[:, :, rows], call)
+    return output
+
+
+def _attend_cross(query: Tensor, layer: int, value_dim: int, scaling: float, softcap: float | None) -> Tensor:
+    """One layer's cross-attention of [1, H, B, Dk] rows: [1, B, H, Dv], zeros for rows that only fill the bucket."""
+    step = _step()
+    cross = step.cross
+    if cross is None:
+        raise RuntimeError("a compiled step wants an encoder's output, and this step has none")
+    cross.num_calls = layer
+    call = AttentionCall(scaling, None, softcap, None)
+    num_rows = step.inputs.input_ids.shape[1]
+    output = query.new_zeros((1, query.shape[2], query.shape[1], value_dim))
+    output[:, :num_rows] = attend_cross(
+        cross, query[:, :, :num_rows], scaling, lambda q, k, v, mask: attend(q, k, v, mask, call)
+    )
+    return output
+
+
+def _packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer whose weight is packed: [..., in] -> [..., out]."""
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return result
+
+
+for _name, _function in (("attend", _attend), ("attend_cross", _attend_cross), ("packed_linear", _packed_linear)):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake(f"{NAMESPACE}::attend", lib=_library)
+def _attend_shape(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+    return query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::attend_cross", lib=_library)
+def _attend_cross_shape(query: Tensor, layer: int, value_dim: int, *_: object) -> Tensor:
+    return query.new_empty((1, query.shape[2], query.shape[1], value_dim))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::packed_linear", lib=_library)
+def _packed_linear_shape(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
