@@ -140,9 +140,12 @@ class Settings(BaseModel):
     max_concurrent: int = _option(100, "most requests in the server at once; above it 429 with retry-after", ge=1)
     torch_profiling: bool = _option(False, "profile a few prefill and decode steps, and a few more at each SIGUSR1")
     hqq: bool = _option(False, "int4 weights by HQQ: a quarter of the memory of linear layers, fastest for few streams")
-    torch_compile: bool = _option(False, "compile the necessary forwards (not available yet)")
+    torch_compile: bool = _option(
+        False, "compile the necessary forwards: decode steps, behind, while the server already answers"
+    )
     torch_compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = _option(
-        "reduce-overhead", "torch.compile's mode"
+        "reduce-overhead",
+        "torch.compile's mode; on the CPU the max-autotune ones also choose kernels by measuring, the others are alike",
     )
 
     # Options of ours.
@@ -211,12 +214,8 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _refuse_what_cannot_be_honoured(self) -> Self:
-        for name, value, feature in (("torch_compile", True, "compilation"),):
-            if getattr(self, name) == value:
-                raise _refusal(name, f"{feature} is not available in this version")
-        for name, owner in (("torch_compile_mode", "--torch-compile True"),):
-            if self.is_given(name):
-                raise _refusal(name, f"has no effect without {owner}, which is not available in this version")
+        if self.is_given("torch_compile_mode") and not self.torch_compile:
+            raise _refusal("torch_compile_mode", "has no effect without --torch-compile True")
         self._check_static_cache()
         if (
             self.serving_type == "whisper"

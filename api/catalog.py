@@ -31,6 +31,8 @@ async def health(parts: UsesParts) -> Response:
         info = manager.info
         body |= {"model": info.name, "family": info.family, "device": info.device}
         body |= {"lane": info.lane, "lane_reason": info.lane_reason}
+        if parts.settings.torch_compile:
+            body["compiled_batch_sizes"] = list(manager.stats.compiled_batch_sizes)
     return JSONResponse(body, 503 if status in ("dead", "stalled") else 200)
 
 

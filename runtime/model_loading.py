@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import Settings, StartupError
-from engine.config import EngineConfig
+from engine.config import CompileConfig, EngineConfig
 from runtime.model_fit import check_fit, check_loaded, first_line, model_type_for
 
 if TYPE_CHECKING:
@@ -288,7 +288,22 @@ def _engine_config(settings: Settings, loaded: LoadedModel, device: str) -> Engi
         is_static_cache=settings.static_cache,
         eos_token_ids=loaded.eos_token_ids,
         profile_directory=_profile_directory() if settings.torch_profiling else None,
+        compile=_compile_config(settings, device) if settings.torch_compile else None,
     )
+
+
+def _compile_config(settings: Settings, device: str) -> CompileConfig:
+    """How steps are compiled; CUDA graphs, which some modes mean on a GPU, are not there yet."""
+    mode = settings.torch_compile_mode
+    if device == "mps":
+        raise StartupError("--torch-compile True: should be with --accelerator-type cpu or cuda, not mps")
+    if device == "cuda" and mode in ("reduce-overhead", "max-autotune"):
+        if settings.is_given("torch_compile_mode"):
+            instead = "default" if mode == "reduce-overhead" else "max-autotune-no-cudagraphs"
+            raise StartupError(f"--torch-compile-mode {mode}: captures CUDA graphs, which this version cannot: {instead}")
+        logger.warning("--torch-compile True: CUDA graphs are not captured in this version")
+    root = Path(settings.cache_dir or tempfile.mkdtemp(prefix="transformers-openai-api-"))
+    return CompileConfig(root / "compiled", is_autotuned=mode.startswith("max-autotune"))
 
 
 def _profile_directory() -> Path:

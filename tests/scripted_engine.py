@@ -92,6 +92,9 @@ class ScriptedEngine:
         """Counts."""
         self.num_idle += 1
 
+    def wake_with(self, wake: Callable[[], None]) -> None:
+        pass
+
     def profile_again(self) -> None:
         pass
 

@@ -79,6 +79,7 @@ GIVEN = [
     ("--hqq", "True", True),
     ("--cache-dir", "/somewhere", "/somewhere"),
     ("--torch-profiling", "1", True),
+    ("--torch-compile", "True", True),
 ]
 
 REFUSED = [
@@ -107,7 +108,6 @@ REFUSED = [
     # Features that are not there, and options that mean nothing without them: even at their default values.
     ("--hqq-group-size", "64", "without --hqq True"),
     ("--hqq-report", "True", "without --hqq True"),
-    ("--torch-compile", "True", "not available"),
     ("--architecture-type", "encoder", "'decoder' or 'encoder-decoder'"),
     ("--serving-type", "speech", "'chat' or 'whisper'"),
     ("--static-cache-encoder-max-length", "256", "without --static-cache True"),

@@ -152,6 +152,9 @@ class ScriptedEngine:
     def on_idle(self) -> None:
         pass
 
+    def wake_with(self, wake: Callable[[], None]) -> None:
+        pass
+
     def profile_again(self) -> None:
         pass
 
