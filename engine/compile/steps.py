@@ -100,6 +100,7 @@ class CompiledSteps:
         self._live: dict[int, CompiledCode] = {}
         self._trial: Iterator[None] | None = None
         self._again: set[int] = set()  # sizes that have had their second chance
+        self.num_decided = 0  # of the buckets: they serve, or never will
         compiler.request(sizes)
 
     @property
@@ -134,6 +135,7 @@ class CompiledSteps:
         if self._trial is None:
             result = self._compiler.take()
             if isinstance(result, Failure):
+                self.num_decided += 1
                 logger.warning("steps of %d sequences stay eager: %s", result.size, result.reason)
             elif result is not None:
                 self._trial = self._try(result)
@@ -177,6 +179,7 @@ class CompiledSteps:
                 yield
         eager_ms, compiled_ms = 1e3 * taken[id(self.program)], 1e3 * taken[id(code)]
         origin = "found on disk" if package.seconds is None else f"compiled in {package.seconds:.0f} s"
+        self.num_decided += 1
         if compiled_ms >= eager_ms:
             logger.info(
                 "steps of %d sequences stay eager: %.1f ms, compiled %.1f (%s)", size, eager_ms, compiled_ms, origin
@@ -197,6 +200,7 @@ class CompiledSteps:
             logger.warning("%s is of no use (%s): removed, to be compiled again", package.path, words)
             self._compiler.request([package.size])
         else:
+            self.num_decided += 1
             logger.warning("steps of %d sequences stay eager: %s", package.size, words)
 
 
@@ -211,7 +215,7 @@ def compile_steps(program: StepProgram, setting: TrialSetting, config: CompileCo
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise ValueError(f"--torch-compile True: this model cannot be taken apart: {error}") from error
     compiler = Compiler(skeleton, config.directory, is_autotuned=config.is_autotuned)
-    return CompiledSteps(program, tensors, compiler, setting, bucket_sizes(max_rows))
+    return CompiledSteps(program, tensors, compiler, setting, config.sizes or bucket_sizes(max_rows))
 
 
 def _compare(logits: torch.Tensor, expected: torch.Tensor) -> float:

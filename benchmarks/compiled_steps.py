@@ -1,0 +1,80 @@
+"""Decode steps eager and compiled, in turn, in one process: what does --torch-compile give on this machine?
+
+Knows nothing of servers; prompts are random token ids.
+Called as `python -m benchmarks.compiled_steps llama-135m --clients 1 4 16 --cache build/compiled`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.models import SHAPES, write_checkpoint
+from benchmarks.offline import run
+from benchmarks.report import percentile
+from engine.build import build_engine
+from engine.compile.steps import CompiledSteps
+from engine.config import CompileConfig, EngineConfig
+from engine.engine import Engine
+from engine.model.loader import LoadRequest, load_model
+from engine.model.runner import FlatRunner
+
+
+def wait_for(engine: Engine, compiled: CompiledSteps, num_tried: int) -> None:
+    """Let the engine try what is compiled until that many buckets are decided."""
+    while compiled.num_decided < num_tried:
+        if engine.has_work():
+            engine.step()
+        else:
+            time.sleep(0.05)
+
+
+def main() -> None:
+    """Compile, then time both kinds of steps in turn."""
+    parser = argparse.ArgumentParser(description="Time decode steps, eager and compiled, in turn.")
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--models", type=Path, default=Path("build/models"), help="where checkpoints are kept")
+    parser.add_argument("--cache", type=Path, default=Path("build/compiled"), help="where compiled code is kept")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default="bfloat16")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)8d ms  %(message)s", stream=sys.stdout)
+    torch.set_num_threads(1)
+    directory = arguments.models / arguments.shape
+    if not (directory / "config.json").exists():
+        write_checkpoint(SHAPES[arguments.shape], directory)
+    loaded = load_model(LoadRequest(str(directory), dtype=arguments.dtype), lambda _what, _share: None)
+    for num_clients in arguments.clients:
+        config = EngineConfig(
+            max_num_seqs=num_clients,
+            max_batch_tokens=512,
+            max_model_len=256,
+            is_prefix_caching=False,
+            compile=CompileConfig(arguments.cache, sizes=(num_clients,)),
+        )
+        engine = build_engine(loaded, config, lambda _what, _share: None)
+        compiled, runner = engine.compiled, engine.runner
+        assert compiled is not None and isinstance(runner, FlatRunner)
+        wait_for(engine, compiled, 1)
+        times: dict[str, list[float]] = {"eager": [], "compiled": []}
+        for _ in range(arguments.rounds):
+            for name, program in (("eager", compiled.program), ("compiled", compiled), ("eager", compiled.program)):
+                runner.program = program
+                times[name] += run(engine, num_clients, 32, arguments.new_tokens, loaded.vocab_size).decode_ms
+        eager, fast = (percentile(times[name], 0.5) for name in ("eager", "compiled"))
+        sys.stdout.write(
+            f"{arguments.shape}, {num_clients} clients, buckets {compiled.sizes}: eager {eager:.1f} ms, "
+            f"compiled {fast:.1f} ms, {eager / fast:.2f} times\n"
+        )
+        engine.close()
+
+
+if __name__ == "__main__":
+    main()
