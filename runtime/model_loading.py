@@ -300,7 +300,7 @@ def _compile_config(settings: Settings, device: str) -> CompileConfig:
     if device == "cuda" and mode in ("reduce-overhead", "max-autotune"):
         if settings.is_given("torch_compile_mode"):
             instead = "default" if mode == "reduce-overhead" else "max-autotune-no-cudagraphs"
-            raise StartupError(f"--torch-compile-mode {mode}: captures CUDA graphs, which this version cannot: {instead}")
+            raise StartupError(f"--torch-compile-mode {mode}: captures CUDA graphs, which is not there yet: {instead}")
         logger.warning("--torch-compile True: CUDA graphs are not captured in this version")
     root = Path(settings.cache_dir or tempfile.mkdtemp(prefix="transformers-openai-api-"))
     return CompileConfig(root / "compiled", is_autotuned=mode.startswith("max-autotune"))

@@ -160,7 +160,9 @@ class Compiler:
         scratch = Path(tempfile.mkdtemp(prefix="compiling-", dir=self.directory))
         try:
             log = scratch / "log"
-            job = Job(self._skeleton, sizes, self.directory, scratch, self._num_threads, self._is_autotuned, self._niceness)
+            job = Job(
+                self._skeleton, sizes, self.directory, scratch, self._num_threads, self._is_autotuned, self._niceness
+            )
             left = dict.fromkeys(sizes)
             with log.open("wb") as errors, self._start(errors) as process:
                 assert process.stdin is not None and process.stdout is not None

@@ -79,9 +79,9 @@ class _Reader(pickle.Unpickler):
         super().__init__(io.BytesIO(data))
         self._tensors = tensors
 
-    def persistent_load(self, pid: tuple[Any, ...]) -> torch.Tensor:
+    def persistent_load(self, pid: tuple[Any, ...]) -> Any:
         if pid[0] == "tensor":
-            return self._tensors[pid[1]]
+            return self._tensors[int(pid[1])]
         # Its dtype and shape are all that is ever asked for; a graph that took its values would hold a meta tensor.
         return torch.empty(pid[1], dtype=pid[2], device="meta")
 

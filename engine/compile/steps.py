@@ -16,7 +16,6 @@ import pickle
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Series
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,21 +44,27 @@ def bucket_sizes(max_rows: int) -> tuple[int, ...]:
     return tuple(sizes) if max_rows == 1 else (*sizes, max_rows)
 
 
+Call = Callable[[list[torch.Tensor]], Series[torch.Tensor]]  # [*tensors, ids, positions] -> [logits]
+
+
+def load_package(package: Package) -> Call:
+    """Compiled code, to be called; raises RuntimeError where it cannot be loaded."""
+    return torch._inductor.aoti_load_package(str(package.path)).loader.run
+
+
 class CompiledCode:
     """One bucket's code with the model's tensors.
 
     Args:
-        package: of steps of `package.size` rows.
+        size: rows of its steps.
+        call: the code.
         tensors: the model's, in the order of the skeleton.
-
-    Raises:
-        RuntimeError: the package cannot be loaded.
     """
 
-    def __init__(self, package: Package, tensors: list[torch.Tensor]) -> None:
-        self.size = package.size
+    def __init__(self, size: int, call: Call, tensors: list[torch.Tensor]) -> None:
+        self.size = size
+        self._call = call
         self._tensors = tensors
-        self._loader: Any = torch._inductor.aoti_load_package(str(package.path)).loader
 
     def run(self, step: FlatStep) -> torch.Tensor:
         """As StepProgram.run, for a step of at most `size` single tokens."""
@@ -69,7 +74,7 @@ class CompiledCode:
         if num_rows < self.size:
             ids, positions = (F.pad(tensor, (0, self.size - num_rows)) for tensor in (ids, positions))
         with flat_step(step):
-            logits: torch.Tensor = self._loader.run([*self._tensors, ids, positions])[0]
+            logits: torch.Tensor = self._call([*self._tensors, ids, positions])[0]
         return logits[:num_rows] if inputs.logit_rows.shape[0] == num_rows else logits[inputs.logit_rows]
 
 
@@ -82,6 +87,7 @@ class CompiledSteps:
         compiler: of the program's skeleton.
         setting: what trials are made of.
         sizes: the buckets, ascending.
+        load, measure: of a package and of a step's seconds; for tests.
     """
 
     def __init__(
@@ -91,12 +97,17 @@ class CompiledSteps:
         compiler: Compiler,
         setting: TrialSetting,
         sizes: Series[int],
+        *,
+        load: Callable[[Package], Call] = load_package,
+        measure: Callable[[StepProgram | CompiledCode, FlatStep], float] | None = None,
     ) -> None:
         self.program = program
         self.model = program.model
         self._tensors = tensors
         self._compiler = compiler
         self._setting = setting
+        self._load = load
+        self._measure = measure or _time
         self._live: dict[int, CompiledCode] = {}
         self._trial: Iterator[None] | None = None
         self._again: set[int] = set()  # sizes that have had their second chance
@@ -160,7 +171,7 @@ class CompiledSteps:
         """Load, compare, measure; one step between two yields."""
         size = package.size
         try:
-            code = CompiledCode(package, self._tensors)
+            code = CompiledCode(size, self._load(package), self._tensors)
             yield
             error = 0.0
             for num_rows in sorted({size, size // 2 + 1}):
@@ -175,7 +186,7 @@ class CompiledSteps:
         taken = {id(code): float("inf"), id(self.program): float("inf")}
         for _ in range(MEASURED_ROUNDS):
             for program in (self.program, code):
-                taken[id(program)] = min(taken[id(program)], _time(program, steps()))
+                taken[id(program)] = min(taken[id(program)], self._measure(program, steps()))
                 yield
         eager_ms, compiled_ms = 1e3 * taken[id(self.program)], 1e3 * taken[id(code)]
         origin = "found on disk" if package.seconds is None else f"compiled in {package.seconds:.0f} s"

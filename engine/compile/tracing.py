@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 from engine.compile.skeleton import Skeleton, TensorSpec, put_on
 from engine.kv.slots import SlotStorage
 from engine.model import operators
-from engine.model.attention import NAME, NotFlat
+from engine.model.attention import NAME, NotFlat, flat_attention
 from engine.model.cross_attention import CrossStep
 from engine.model.inputs import FlatInputs
 from engine.model.linear import PackedLinear
@@ -65,7 +65,10 @@ class _Step(nn.Module):
         rows = torch.arange(input_ids.shape[1], device=self._device)
         inputs = FlatInputs((), input_ids, position_ids, rows, (), ())
         cross = None if marker is None else CrossStep(marker, (), (), {})
-        logits: Tensor = program.run(FlatStep(inputs, SlotStorage((), self._device), cross))
+        try:
+            logits: Tensor = program.run(FlatStep(inputs, SlotStorage((), self._device), cross))
+        finally:
+            AttentionInterface.register(NAME, flat_attention)
         return (logits,)
 
 

@@ -20,13 +20,13 @@ from engine.model.step import FlatStep, current_step
 NAMESPACE = "transformers_openai_api"
 
 # Plain registrations: torch.library.custom_op adds checks to every call, and there are hundreds in a step.
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
-_library.define(
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
     "attend(Tensor query, Tensor key, Tensor value, int layer, float scaling, int? window, float? softcap, "
     "Tensor? sinks, int? bias) -> Tensor"
 )
-_library.define("attend_cross(Tensor query, int layer, int value_dim, float scaling, float? softcap) -> Tensor")
-_library.define("packed_linear(Tensor x, Tensor packed, Tensor? bias) -> Tensor")
+_library.define("attend_cross(Tensor query, int layer, int value_dim, float scaling, float? softcap) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("packed_linear(Tensor x, Tensor packed, Tensor? bias) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 def _step() -> FlatStep:
@@ -86,20 +86,22 @@ def _packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
-for _name, _function in (("attend", _attend), ("attend_cross", _attend_cross), ("packed_linear", _packed_linear)):
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake(f"{NAMESPACE}::attend", lib=_library)
 def _attend_shape(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
     return query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
 
 
-@torch.library.register_fake(f"{NAMESPACE}::attend_cross", lib=_library)
 def _attend_cross_shape(query: Tensor, layer: int, value_dim: int, *_: object) -> Tensor:
     return query.new_empty((1, query.shape[2], query.shape[1], value_dim))
 
 
-@torch.library.register_fake(f"{NAMESPACE}::packed_linear", lib=_library)
 def _packed_linear_shape(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+for _name, _function, _shape in (
+    ("attend", _attend, _attend_shape),
+    ("attend_cross", _attend_cross, _attend_cross_shape),
+    ("packed_linear", _packed_linear, _packed_linear_shape),
+):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _shape, lib=_library)

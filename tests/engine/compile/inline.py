@@ -1,0 +1,87 @@
+"""Steps "compiled" without a compiler: the traced graph itself is called, in this process.
+
+Knows nothing of code generation; all else (skeletons, tracing, operators, padding, trials) is the real thing.
+Called by the tests of compiled steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Series
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.compile.compiler import Compiler, Package
+from engine.compile.skeleton import take_skeleton
+from engine.compile.steps import Call, CompiledCode, CompiledSteps
+from engine.compile.tracing import trace_step
+from engine.compile.trial import TrialSetting
+from engine.engine import Engine
+from engine.model.runner import FlatRunner, StepProgram
+from engine.model.seq2seq import Seq2SeqRunner
+from engine.model.step import FlatStep
+
+
+class InlineCompiler(Compiler):
+    """Has everything at once."""
+
+    def request(self, sizes: Series[int]) -> None:
+        self.requested = [*getattr(self, "requested", ()), *sizes]
+        for size in sizes:
+            self._report(Package(size, self.directory / str(size), None))
+
+
+def quick(program: StepProgram | CompiledCode, step: FlatStep) -> float:
+    """Compiled code is always the faster."""
+    program.run(step)
+    return 0.5 if isinstance(program, CompiledCode) else 1.0
+
+
+def compile_inline(
+    engine: Engine,
+    directory: Path,
+    sizes: Series[int],
+    *,
+    change: Callable[[Call], Call] = lambda call: call,
+    **more: Any,
+) -> CompiledSteps:
+    """Give an engine compiled steps; `change` makes of each graph what is called in its place."""
+    runner = engine.runner
+    assert isinstance(runner, FlatRunner | Seq2SeqRunner)
+    program = runner.program
+    skeleton, tensors = take_skeleton(program, program.model)
+    shapes, vocab_size = runner.storage.shapes, engine.sampler.vocab_size
+    setting = TrialSetting(shapes, vocab_size, runner.device)
+    if isinstance(runner, Seq2SeqRunner):
+        decoder = runner.decoder
+        crossing = (runner.cross_storage.shapes, decoder.marker, decoder.biases)
+        setting = TrialSetting(shapes, vocab_size, runner.device, *crossing)
+
+    def load(package: Package) -> Call:
+        graph = trace_step(skeleton, package.size).module()
+
+        def call(values: list[torch.Tensor]) -> Series[torch.Tensor]:
+            found: Series[torch.Tensor] = graph(values[:-2], values[-2], values[-1])
+            return found
+
+        return change(call)
+
+    compiler = InlineCompiler(skeleton, directory, is_autotuned=False)
+    steps = CompiledSteps(program, tensors, compiler, setting, sizes, **{"load": load, "measure": quick, **more})
+    runner.program = engine.compiled = steps
+    return steps
+
+
+def settle(engine: Engine, num_buckets: int) -> None:
+    """Until that many buckets are decided."""
+    end = time.monotonic() + 240
+    assert engine.compiled is not None
+    while engine.compiled.num_decided < num_buckets:
+        assert time.monotonic() < end, "nothing is decided"
+        if engine.has_work():
+            engine.step()
+        else:
+            time.sleep(0.02)
