@@ -147,6 +147,7 @@ class ScriptedEngine:
             prefix_cache_hits_total=5,
             steps_total=self.num_steps,
             step_tokens_total=self.num_tokens,
+            compiled_batch_sizes=(1, 4),
         )
 
     def on_idle(self) -> None:

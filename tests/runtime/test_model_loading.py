@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from config import Settings, StartupError
+from engine.config import CompileConfig
 from engine.sequence import SamplingParams, Sequence
 from runtime import model_loading
 from runtime.hardware import free_memory_bytes
@@ -204,3 +205,15 @@ def test_demo_is_the_model_beside_main(checkpoint: Path, monkeypatch: pytest.Mon
         load_model_stack(settings_of("demo"), ignore)
     with pytest.raises(StartupError, match="--revision v1"):
         load_model_stack(settings_of("demo", revision="v1"), ignore)
+
+
+def test_options_of_compiling_reach_the_engine(tmp_path: Path) -> None:
+    settings = Settings(torch_compile=True, cache_dir=str(tmp_path))
+    assert model_loading._compile_config(settings, "cpu") == CompileConfig(tmp_path / "compiled")
+    tuned = Settings(torch_compile=True, torch_compile_mode="max-autotune", cache_dir=str(tmp_path))
+    assert model_loading._compile_config(tuned, "cpu").is_autotuned
+    assert not model_loading._compile_config(settings, "cuda").is_autotuned  # its mode is the default, not asked for
+    with pytest.raises(StartupError, match="--torch-compile True: should be with --accelerator-type cpu or cuda"):
+        model_loading._compile_config(settings, "mps")
+    with pytest.raises(StartupError, match="--torch-compile-mode max-autotune: captures CUDA graphs"):
+        model_loading._compile_config(tuned, "cuda")

@@ -99,7 +99,8 @@ def test_a_damaged_package_is_compiled_again(cache: Path, caplog: pytest.LogCapt
         whole.write_bytes(content[: len(content) // 2])
         model = tiny_model("llama")
         skeleton, _ = take_skeleton(FlatModel(model), model)
-        code = f"import json,sys\nsys.stdin.buffer.read(10)\nprint(json.dumps(dict(size=2, path={str(whole)!r}, seconds=1)))"
+        line = f'{{"size": 2, "path": "{whole}", "seconds": 1}}'
+        code = f"import sys\nsys.stdin.buffer.read(10)\nprint({line!r})"
         compiler = Compiler(skeleton, cache, is_autotuned=False, worker=(sys.executable, "-c", code))
         assert compiler.directory == whole.parent  # another process's skeleton of the same model is the same
         compiler.request([2])
