@@ -86,9 +86,11 @@ def _call_packed_linears_directly() -> None:
 
     from engine.model.operators import NAMESPACE
 
+    create: Any = mkldnn_ir.LinearUnary.create
+
     def lower(x: Any, packed: Any, bias: Any) -> Any:
         # inductor's own lowering is for weights that it has packed itself.
-        return TensorBox.create(mkldnn_ir.LinearUnary.create(x, packed, bias, "none", [], ""))
+        return TensorBox.create(create(x, packed, bias, "none", [], ""))
 
     operator = getattr(torch.ops, NAMESPACE).packed_linear.default
     register_lowering(operator, type_promotion_kind=None)(lower)

@@ -19,7 +19,7 @@ from engine.config import CompileConfig, EngineConfig
 from engine.engine import Engine
 from engine.model.loader import describe
 from engine.model.runner import FlatModel
-from tests import zoo
+from tests import zoo, zoo_seq2seq
 from tests.engine import test_exact_seq2seq as seq2seq
 from tests.engine.compile.inline import quick, settle
 from tests.engine.harness import drive, engine_for, greedy, reference, tiny_model, tokens
@@ -118,7 +118,7 @@ def test_an_encoder_decoder_is_compiled_too(cache: Path) -> None:
     settle(engine, 1)
     assert engine.stats().compiled_batch_sizes == (2,)
     ids = seq2seq.sources()[:3]
-    expected = [seq2seq.zoo.generate(seq2seq.model_of("t5"), found, seq2seq.NUM_TOKENS) for found in ids]
+    expected = [zoo_seq2seq.generate(seq2seq.model_of("t5"), found, seq2seq.NUM_TOKENS) for found in ids]
     outputs = drive(engine, [seq2seq.sequence(n, seq2seq.text(found)) for n, found in enumerate(ids)], stagger=8)
     assert [tokens(outputs[n]) for n in range(3)] == expected
 
