@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.build_paged import build_paged
 from engine.compile.steps import compile_steps
 from engine.compile.trial import TrialSetting
 from engine.config import EngineConfig
@@ -22,6 +23,7 @@ from engine.kv.pool import CrossOp, SlotPool, size_classes
 from engine.kv.slots import SlotStorage
 from engine.kv.states import StateManager
 from engine.model.loader import LoadedModel, Progress
+from engine.model.paged_attention import kernel_for
 from engine.model.runner import FlatRunner, SoloRunner
 from engine.model.selfcheck import LaneChoice, choose_lane, measure_solo
 from engine.model.seq2seq import Seq2SeqRunner
@@ -78,6 +80,10 @@ def _build_solo(loaded: LoadedModel, config: EngineConfig, reason: str, sampler:
 
 
 def _build_flat(loaded: LoadedModel, config: EngineConfig, choice: LaneChoice, sampler: Sampler) -> Engine:
+    kernel = None if config.is_static_cache else kernel_for(loaded.device)
+    paged = None if kernel is None else build_paged(loaded, config, choice, sampler, kernel)
+    if paged is not None:
+        return paged
     storage = SlotStorage(choice.shapes, loaded.device)
     pool = _pools(config, [_Store("decoder", storage.bytes_per_token, config.max_model_len)])[0]
     kv = KVManager(pool, is_prefix_caching=config.is_prefix_caching)

@@ -39,6 +39,8 @@ NO_TORCH_KV = (
     "engine/kv/prefix.py",
     "engine/kv/manager.py",
     "engine/kv/states.py",
+    "engine/kv/paged_pool.py",
+    "engine/kv/paged_manager.py",
     "engine/pacing.py",
 )
 # What engine/ must not know of at all.

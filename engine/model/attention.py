@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from engine.kv.slots import Arena, LayerShape
 from engine.model.cross_attention import attend_cross
 from engine.model.inputs import Chunk, DecodeGroup, FlatInputs
+from engine.model.paged_step import PagedStep
 from engine.model.relative_bias import bias_table, is_relative
 from engine.model.step import FlatStep, Recording, current_step
 
@@ -93,6 +94,10 @@ def flat_attention(
         step.shapes.append(LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype))
         step.windows.append(sliding_window)
         return _whole(query, key, value, call), None
+    if isinstance(step, PagedStep):
+        if position_bias is not None:
+            raise NotFlat("attention is given a position bias, which paged KV does not serve")
+        return step.attend(query, key, value, call), None
     if position_bias is not None:
         call = replace(call, bias=_bias(step, module))
         if call.window is not None or softcap is not None or s_aux is not None:

@@ -15,6 +15,7 @@ import torch
 from engine.kv.slots import LayerShape, SlotStorage
 from engine.model.cross_attention import CrossStep
 from engine.model.inputs import FlatInputs
+from engine.model.paged_step import PagedStep
 
 
 @dataclass(slots=True)
@@ -48,11 +49,11 @@ class Recording:
     windows: list[int | None] = field(default_factory=list)
 
 
-_current: FlatStep | Recording | None = None
+_current: FlatStep | PagedStep | Recording | None = None
 
 
 @contextmanager
-def flat_step(step: FlatStep | Recording) -> Iterator[None]:
+def flat_step(step: FlatStep | PagedStep | Recording) -> Iterator[None]:
     """Make `step` the one that attention calls refer to; some families drop keyword arguments on the way there."""
     global _current  # noqa: PLW0603  the one module state of the engine, set and restored here alone
     previous, _current = _current, step
@@ -62,7 +63,7 @@ def flat_step(step: FlatStep | Recording) -> Iterator[None]:
         _current = previous
 
 
-def current_step() -> FlatStep | Recording | None:
+def current_step() -> FlatStep | PagedStep | Recording | None:
     """The step that is being computed, None outside of one."""
     return _current
 

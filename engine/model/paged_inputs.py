@@ -1,0 +1,144 @@
+"""From a scheduled batch to the tensors of one flat forward over paged KV, moved to the device in one copy.
+
+Knows nothing of models or of how attention is computed.
+Called by model/paged_runner.py once a step; model/paged_attention.py reads the result once a layer.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.kv.prefix import BLOCK_SIZE
+from engine.scheduler import Batch, ScheduledSequence
+from engine.sequence import Sequence
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Queries cut into pieces that a kernel takes at once: for each, its sequence and its first query there."""
+
+    sequences: torch.Tensor  # int64 [N]
+    firsts: torch.Tensor  # int64 [N]
+
+
+@dataclass(frozen=True, slots=True)
+class PagedInputs:
+    """The tensors of one step, all int64; single tokens come first, then longer runs.
+
+    Args:
+        items: the batch's, in the order of their tokens.
+        input_ids, position_ids: [1, T].
+        logit_rows: [R], the tokens whose logits are wanted.
+        slot_mapping: [T], where each token's K and V go: block * BLOCK_SIZE + position in it.
+        query_starts: [S + 1], each sequence's first token in T, and T.
+        context_lens: [S], keys that a sequence's last token sees, its own included.
+        block_tables: [S, M]; position p of a sequence is in block p // BLOCK_SIZE of its row; the rest is 0.
+        num_singles: how many sequences have one token.
+        query_lens, lengths: query lengths and context_lens, as numbers.
+    """
+
+    items: tuple[ScheduledSequence, ...]
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    logit_rows: torch.Tensor
+    slot_mapping: torch.Tensor
+    query_starts: torch.Tensor
+    context_lens: torch.Tensor
+    block_tables: torch.Tensor
+    num_singles: int
+    query_lens: tuple[int, ...]
+    lengths: tuple[int, ...]
+    _tiles: dict[int, Tiles] = field(default_factory=dict)
+
+    def run_tiles(self, tile_size: int) -> Tiles:
+        """The longer runs in tiles of `tile_size` tokens; made once a step."""
+        tiles = self._tiles.get(tile_size)
+        if tiles is None:
+            pairs = [
+                (number, first)
+                for number in range(self.num_singles, len(self.query_lens))
+                for first in range(0, self.query_lens[number], tile_size)
+            ]
+            sequences, firsts = to_device(
+                [np.array([number for number, _ in pairs]), np.array([first for _, first in pairs])],
+                self.input_ids.device,
+            )
+            tiles = self._tiles[tile_size] = Tiles(sequences, firsts)
+        return tiles
+
+    def single_tiles(self) -> Tiles:
+        """A tile for each single token."""
+        tiles = self._tiles.get(0)
+        if tiles is None:
+            device = self.input_ids.device
+            tiles = self._tiles[0] = Tiles(
+                torch.arange(self.num_singles, device=device),
+                torch.zeros(self.num_singles, dtype=torch.int64, device=device),
+            )
+        return tiles
+
+
+def build_paged_inputs(batch: Batch, table_of: Callable[[Sequence], array[int]], device: torch.device) -> PagedInputs:
+    """Lay a batch out flat, with the block tables of its sequences."""
+    items = tuple(sorted(batch.items, key=lambda item: item.num_tokens > 1))
+    tables = [np.frombuffer(table_of(item.sequence), dtype=np.int64) for item in items]
+    token_ids: list[int] = []
+    logit_rows: list[int] = []
+    positions: list[Ids] = []
+    slots: list[Ids] = []
+    for item, table in zip(items, tables, strict=True):
+        token_ids.extend(item.sequence.token_slice(item.start, item.stop))
+        logit_rows.extend(range(len(token_ids) - item.num_logits, len(token_ids)))
+        own = np.arange(item.start, item.stop)
+        positions.append(own)
+        slots.append(table[own // BLOCK_SIZE] * BLOCK_SIZE + own % BLOCK_SIZE)
+    query_lens = tuple(item.num_tokens for item in items)
+    lengths = tuple(item.stop for item in items)
+    block_tables = np.zeros((len(items), max((-(-length // BLOCK_SIZE) for length in lengths), default=0)), np.int64)
+    for row, table in enumerate(tables):
+        used = -(-lengths[row] // BLOCK_SIZE)
+        block_tables[row, :used] = table[:used]
+    empty = [np.zeros(0, np.int64)]
+    parts = to_device(
+        [
+            np.array(token_ids, np.int64),
+            np.concatenate(positions or empty),
+            np.array(logit_rows, np.int64),
+            np.concatenate(slots or empty),
+            np.cumsum([0, *query_lens]),
+            np.array(lengths, np.int64),
+            block_tables.ravel(),
+        ],
+        device,
+    )
+    ids, places, rows, slot_mapping, query_starts, context_lens, flat_tables = parts
+    return PagedInputs(
+        items=items,
+        input_ids=ids[None],
+        position_ids=places[None],
+        logit_rows=rows,
+        slot_mapping=slot_mapping,
+        query_starts=query_starts,
+        context_lens=context_lens,
+        block_tables=flat_tables.view(block_tables.shape),
+        num_singles=sum(1 for length in query_lens if length == 1),
+        query_lens=query_lens,
+        lengths=lengths,
+    )
+
+
+def to_device(parts: list[Ids], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Several rows of int64 on the device by one copy, which on CUDA the host does not wait for."""
+    sizes = [part.shape[0] for part in parts]
+    whole = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
+    np.concatenate(parts, out=whole.numpy())
+    # The caching allocator of pinned memory keeps `whole` until the copy is done, though nobody else does.
+    return torch.split(whole.to(device, non_blocking=True), sizes)

@@ -1,0 +1,226 @@
+"""Attention over paged KV as one Triton kernel: decode and chunks of prompts, in the same form.
+
+Knows nothing of steps or models; importable only where Triton is.
+Called by model/paged_attention.py, whose plain twin says in torch what this computes.
+
+A program takes one KV head and one tile of a sequence's queries. The query heads that share the KV head are rows of the
+tile beside each other, so that K and V are read once for all of them and a single token still fills a matrix product.
+It walks over the keys that the tile sees, a few blocks at a time, with the running maximum and sum of the softmax in
+float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from engine.kv.prefix import BLOCK_SIZE
+
+MAX_HEAD_DIM = 256
+LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
+
+
+def launch(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    tile_sequences: torch.Tensor,
+    tile_firsts: torch.Tensor,
+    query_starts: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    num_rows: int,
+) -> None:
+    """Attention of the tiles' queries, written to their rows of `out`.
+
+    Args:
+        query: [T, H, Dk], any strides but 1 in the last dimension.
+        keys, values: [N, BLOCK_SIZE, Hkv, D].
+        out: [T, H, Dv]; mutated.
+        tile_sequences, tile_firsts: int64 [tiles], a tile's sequence and its first query within it.
+        query_starts, context_lens, block_tables: int64, as PagedInputs has them.
+        scaling, window, softcap, sinks: as model/attention.py's AttentionCall has them; sinks [H], contiguous.
+        num_rows: rows of a tile, a power of 2; a tile has num_rows // (H // Hkv) queries.
+    """
+    num_heads, num_kv_heads = query.shape[1], keys.shape[2]
+    key_dim, value_dim = keys.shape[3], values.shape[3]
+    key_pad, value_pad = padded(key_dim), padded(value_dim)
+    is_wide = max(key_pad, value_pad) * keys.element_size() >= 512
+    _paged_attention[tile_sequences.shape[0], num_kv_heads](
+        query,
+        keys,
+        values,
+        out,
+        query if sinks is None else sinks,
+        tile_sequences,
+        tile_firsts,
+        query_starts,
+        context_lens,
+        block_tables,
+        scaling,
+        0.0 if softcap is None else softcap,
+        0 if window is None else window,
+        query.stride(0),
+        query.stride(1),
+        keys.stride(0),
+        keys.stride(1),
+        keys.stride(2),
+        values.stride(0),
+        values.stride(1),
+        values.stride(2),
+        out.stride(0),
+        out.stride(1),
+        block_tables.stride(0),
+        GROUP=num_heads // num_kv_heads,
+        ROWS=num_rows,
+        KEYS=32 if is_wide else 64,
+        BLOCK=BLOCK_SIZE,
+        KEY_DIM=key_dim,
+        KEY_PAD=key_pad,
+        VALUE_DIM=value_dim,
+        VALUE_PAD=value_pad,
+        HAS_WINDOW=window is not None,
+        HAS_SOFTCAP=softcap is not None,
+        HAS_SINKS=sinks is not None,
+        num_warps=4,
+        num_stages=1 if is_wide and keys.element_size() > 2 else 2,
+    )
+
+
+def rows_of_tile(group: int, width_bytes: int, *, is_single: bool) -> int:
+    """Rows of a tile: enough for the heads of a group, no more than keep it in an SM's fast memory.
+
+    Args:
+        group: query heads that share a KV head.
+        width_bytes: of the widest padded head.
+        is_single: whether tiles have one query.
+    """
+    least: int = max(16, triton.next_power_of_2(group))  # matrix units take 16 rows
+    if is_single or width_bytes >= 1024:
+        return least
+    return max(least, 32 if width_bytes >= 512 else 64)
+
+
+def padded(dim: int) -> int:
+    """What a head dimension takes in a tile: powers of 2 from 16 on."""
+    return max(16, int(triton.next_power_of_2(dim)))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _paged_attention(
+    query: Any,
+    keys: Any,
+    values: Any,
+    out: Any,
+    sinks: Any,
+    tile_sequences: Any,
+    tile_firsts: Any,
+    query_starts: Any,
+    context_lens: Any,
+    block_tables: Any,
+    scaling: Any,
+    softcap: Any,
+    window: Any,
+    query_stride_token: Any,
+    query_stride_head: Any,
+    key_stride_block: Any,
+    key_stride_position: Any,
+    key_stride_head: Any,
+    value_stride_block: Any,
+    value_stride_position: Any,
+    value_stride_head: Any,
+    out_stride_token: Any,
+    out_stride_head: Any,
+    table_stride: Any,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    KEY_PAD: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+) -> None:
+    TILE_QUERIES: tl.constexpr = ROWS // GROUP
+    tile, kv_head = tl.program_id(0), tl.program_id(1)
+    sequence = tl.load(tile_sequences + tile)
+    first = tl.load(tile_firsts + tile)
+    query_start = tl.load(query_starts + sequence)
+    query_len = tl.load(query_starts + sequence + 1) - query_start
+    context_len = tl.load(context_lens + sequence)
+    past = context_len - query_len  # position of the sequence's first query
+
+    rows = tl.arange(0, ROWS)
+    queries = first + rows // GROUP
+    heads = kv_head * GROUP + rows % GROUP
+    is_row = (rows < TILE_QUERIES * GROUP) & (queries < query_len)
+    positions = past + queries
+    key_dims, value_dims = tl.arange(0, KEY_PAD), tl.arange(0, VALUE_PAD)
+    query_at = (query_start + queries) * query_stride_token + heads * query_stride_head
+    q = tl.load(
+        query + query_at[:, None] + key_dims[None, :], mask=is_row[:, None] & (key_dims < KEY_DIM)[None, :], other=0.0
+    )  # [ROWS, KEY_PAD]
+
+    # Scores in units of log 2, for exp2. The start is finite: a tile whose keys are all out of a row's window must
+    # give 2 ** -inf = 0, not inf - inf.
+    if HAS_SINKS:
+        highest = tl.load(sinks + heads, mask=is_row, other=0.0).to(tl.float32) * LOG2_E
+        total = tl.full([ROWS], 1.0, tl.float32)  # a sink is a key of weight 1 and value 0
+    else:
+        highest = tl.full([ROWS], -1.0e30, tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+    summed = tl.zeros([ROWS, VALUE_PAD], tl.float32)
+
+    last_key = past + tl.minimum(first + TILE_QUERIES, query_len)  # past what the tile's last query sees
+    first_key = last_key * 0
+    if HAS_WINDOW:
+        first_key = tl.maximum(past + first - window + 1, 0) // KEYS * KEYS
+    table = block_tables + sequence * table_stride
+    for start in range(first_key, last_key, KEYS):
+        key_positions = start + tl.arange(0, KEYS)
+        is_key = key_positions < last_key
+        blocks = tl.load(table + key_positions // BLOCK, mask=is_key, other=0)
+        key_at = blocks * key_stride_block + key_positions % BLOCK * key_stride_position + kv_head * key_stride_head
+        k = tl.load(
+            keys + key_at[None, :] + key_dims[:, None], mask=is_key[None, :] & (key_dims < KEY_DIM)[:, None], other=0.0
+        )  # [KEY_PAD, KEYS]
+        scores = tl.dot(q, k, input_precision="ieee") * scaling
+        if HAS_SOFTCAP:
+            # tanh(x) = 1 - 2 / (exp(2x) + 1), which is right at both infinities.
+            scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
+        is_seen = (key_positions[None, :] <= positions[:, None]) & is_key[None, :]
+        if HAS_WINDOW:
+            is_seen = is_seen & (key_positions[None, :] > positions[:, None] - window)
+        scores = tl.where(is_seen, scores * LOG2_E, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_highest[:, None])
+        shrink = tl.exp2(highest - new_highest)
+        total = total * shrink + tl.sum(weights, 1)
+        value_at = (
+            blocks * value_stride_block + key_positions % BLOCK * value_stride_position + kv_head * value_stride_head
+        )
+        v = tl.load(
+            values + value_at[:, None] + value_dims[None, :],
+            mask=is_key[:, None] & (value_dims < VALUE_DIM)[None, :],
+            other=0.0,
+        )  # [KEYS, VALUE_PAD]
+        summed = summed * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        highest = new_highest
+    out_at = (query_start + queries) * out_stride_token + heads * out_stride_head
+    tl.store(
+        out + out_at[:, None] + value_dims[None, :],
+        (summed / total[:, None]).to(out.dtype.element_ty),
+        mask=is_row[:, None] & (value_dims < VALUE_DIM)[None, :],
+    )

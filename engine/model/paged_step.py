@@ -1,0 +1,52 @@
+"""A forward over paged KV while it is computed: one layer after the other writes its K and V and attends.
+
+Knows nothing of how attention is computed, nor of scheduling.
+Made by model/paged_runner.py, set as the current step, asked by model/attention.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine.kv.paged import PagedStorage
+from engine.model.paged_inputs import PagedInputs
+
+if TYPE_CHECKING:
+    from engine.model.attention import AttentionCall
+
+    PagedAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, PagedInputs, AttentionCall], torch.Tensor]
+
+
+@dataclass(slots=True)
+class PagedStep:
+    """One forward.
+
+    Args:
+        inputs: the flat batch.
+        storage: where K and V go.
+        attention: from query [T, H, Dk], a layer's keys and values [N, BLOCK_SIZE, Hkv, D], the inputs and what the
+            model asked for, to [T, H, Dv].
+        num_calls: attention calls so far.
+    """
+
+    inputs: PagedInputs
+    storage: PagedStorage
+    attention: PagedAttention
+    num_calls: int = 0
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+        """The next layer: [1, H, T, Dk], [1, Hkv, T, Dk], [1, Hkv, T, Dv] -> [1, T, H, Dv]; writes its K and V."""
+        keys, values = self.storage.keys[self.num_calls], self.storage.values[self.num_calls]
+        self.num_calls += 1
+        write(keys, key[0].transpose(0, 1), self.inputs.slot_mapping)
+        write(values, value[0].transpose(0, 1), self.inputs.slot_mapping)
+        return self.attention(query[0].transpose(0, 1), keys, values, self.inputs, call)[None]
+
+
+def write(cached: torch.Tensor, new: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """Put the K or V of [T, H, D] where slot_mapping [T] says, in [N, BLOCK_SIZE, H, D]."""
+    cached.view(-1, *cached.shape[2:]).index_copy_(0, slot_mapping, new)

@@ -1,0 +1,160 @@
+"""KV in pages gives the tokens of generate(), as slots do in test_exact.py, whatever shares the batch.
+
+On the CPU by the kernel's plain twin, so that all but the kernel itself is what a GPU runs; tests/gpu has the kernel.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from engine.build_paged import build_paged
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.kv.paged_manager import PagedManager
+from engine.kv.paged_pool import BlockPool
+from engine.kv.prefix import BLOCK_SIZE
+from engine.model.attention import AttentionCall
+from engine.model.loader import describe
+from engine.model.paged_attention import attend_blocks
+from engine.model.paged_inputs import PagedInputs
+from engine.model.paged_runner import PagedRunner
+from engine.model.selfcheck import choose_lane
+from engine.sampling.sampler import Sampler
+from engine.sequence import SamplingParams
+from tests import zoo
+from tests.engine.harness import drive, engine_for, greedy, reference, tiny_model, tokens
+
+FAMILIES = ["llama", "mistral", "gemma2", "gpt_oss", "deepseek_v3"]
+LENGTHS = (5, 40, 90, 3, 70, 1, 64, 33)
+NUM_TOKENS = 20
+
+
+def _prompts() -> list[list[int]]:
+    return [zoo.prompt(length, seed=number) for number, length in enumerate(LENGTHS)]
+
+
+def _build(name: str, attention: Any = attend_blocks, **limits: Any) -> Engine | None:
+    config = EngineConfig(**{"max_num_seqs": 8, "max_batch_tokens": 256, "max_model_len": 256, **limits})
+    loaded = describe(tiny_model(name))
+    sampler = Sampler(loaded.vocab_size, loaded.eos_token_ids, loaded.device)
+    with torch.inference_mode():
+        choice = choose_lane(loaded.model, loaded.device)
+        assert choice.lane == "flat"
+        return build_paged(loaded, config, choice, sampler, attention)
+
+
+def _paged(name: str, **limits: Any) -> Engine:
+    engine = _build(name, **limits)
+    assert engine is not None
+    return engine
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("max_batch_tokens", [256, 12])
+def test_tokens_are_those_of_generate_and_so_of_slots(name: str, max_batch_tokens: int) -> None:
+    expected = [reference(name, prompt, NUM_TOKENS) for prompt in _prompts()]
+    engine = _paged(name, max_batch_tokens=max_batch_tokens)
+    for _ in range(2):  # the second time with every prefix computed
+        outputs = drive(engine, [greedy(n, prompt, NUM_TOKENS) for n, prompt in enumerate(_prompts())])
+        assert [tokens(outputs[n]) for n in range(8)] == expected
+    assert engine.stats().prefix_cache_hits_total > 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_preemption_changes_nothing(name: str) -> None:
+    prompts = [zoo.prompt(12, seed=n) for n in range(6)]
+    expected = [reference(name, prompt, 120) for prompt in prompts]
+    # Room for two whole sequences of six and a bit.
+    budget = 10 * BLOCK_SIZE * engine_for(name).lane.kv_bytes_per_token
+    engine = _paged(name, kv_budget_bytes=budget)
+    outputs = drive(engine, [greedy(n, prompt, 120) for n, prompt in enumerate(prompts)])
+    assert [tokens(outputs[n]) for n in range(6)] == expected
+    stats = engine.stats()
+    assert stats.preemptions_total > 0
+    assert stats.kv_bytes_allocated <= budget
+
+
+def test_a_shared_prompt_takes_its_blocks_once() -> None:
+    prompt = zoo.prompt(200)
+    expected = reference("llama", prompt, 10)
+    engine = _paged("llama", max_batch_tokens=64)
+    sequences = [greedy(n, prompt, 10) for n in range(8)]
+    outputs = drive(engine, sequences, stagger=1)
+    assert [tokens(outputs[n]) for n in range(8)] == [expected] * 8
+    # 6 full blocks for all, and each one's own for the last 8 tokens and the output; doubled at most.
+    assert engine.stats().kv_tokens_allocated <= 2 * BLOCK_SIZE * (6 + 8)
+    assert engine.stats().step_tokens_total <= 200 + 7 * (200 - 192 + 32 * 4) + 8 * 9
+
+
+def test_idle_memory_is_given_back_and_what_stays_is_still_right() -> None:
+    engine = _paged("llama")
+    assert isinstance(engine.runner, PagedRunner)
+    first, other = zoo.prompt(100, seed=1), zoo.prompt(100, seed=2)
+    drive(engine, [greedy(0, other, 10), greedy(1, first, 10)])
+    before = engine.runner.storage.num_bytes
+    engine.kv.give_back(3 * BLOCK_SIZE)
+    engine.on_idle()
+    assert engine.runner.storage.num_bytes == engine.stats().kv_bytes_allocated < before
+    outputs = drive(engine, [greedy(2, first, 10)])
+    assert tokens(outputs[2]) == reference("llama", first, 10)
+    assert outputs[2][0].num_cached_tokens == 3 * BLOCK_SIZE
+
+
+def test_scored_prompts_have_every_tokens_logits() -> None:
+    params = SamplingParams(max_tokens=3, temperature=0.0, num_prompt_logprobs=2)
+    prompt = zoo.prompt(50)
+    got = [
+        drive(engine, [greedy(0, prompt, 3, params=params)])[0][0].prompt_logprobs
+        for engine in (_paged("llama", max_batch_tokens=16), engine_for("llama"))
+    ]
+    assert got[0] is not None and got[1] is not None
+    assert len(got[0]) == 50
+    for ours, slots in zip(got[0][1:], got[1][1:], strict=True):
+        assert ours is not None and slots is not None
+        assert ours.logprob == pytest.approx(slots.logprob, abs=1e-4)
+
+
+def test_an_attention_that_is_wrong_is_noticed_and_slots_serve(caplog: pytest.LogCaptureFixture) -> None:
+    def forgetful(
+        query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, inputs: PagedInputs, call: AttentionCall
+    ) -> torch.Tensor:
+        return attend_blocks(query, keys, values, inputs, AttentionCall(call.scaling, 4, call.softcap, call.sinks))
+
+    def broken(*_arguments: Any) -> torch.Tensor:
+        raise OSError("no compiler")
+
+    with caplog.at_level(logging.WARNING):
+        assert _build("llama", forgetful) is None
+        assert _build("llama", broken) is None
+    assert "KV stays in slots, not in pages: the trial raised OSError: no compiler" in caplog.text
+    assert "differ" in caplog.text
+
+
+def test_a_budget_below_one_page_is_refused_with_both_numbers() -> None:
+    with pytest.raises(
+        ValueError, match="--kv-cache-memory 100: one page of 32 tokens of this model takes 16384 bytes"
+    ):
+        _build("llama", kv_budget_bytes=100)
+
+
+def test_a_storage_that_fails_costs_the_running_sequences_and_no_more() -> None:
+    engine = _paged("llama")
+    prompt = zoo.prompt(40)
+    engine.add(greedy(0, prompt, 20))
+    engine.step()
+    kv = engine.kv
+    assert isinstance(kv, PagedManager) and isinstance(kv.pool, BlockPool)
+    apply = engine.runner.apply
+    engine.runner.apply = lambda ops: (_ for _ in ()).throw(RuntimeError("out of memory"))  # type: ignore[method-assign]
+    engine.add(greedy(1, prompt, 20))
+    failing = engine.scheduler.running[0]
+    with pytest.raises(RuntimeError):
+        engine.step()
+    assert failing.is_finished
+    engine.runner.apply = apply  # type: ignore[method-assign]
+    kv.check_integrity()
+    assert tokens(drive(engine, [greedy(2, prompt, 20)])[2]) == reference("llama", prompt, 20)
