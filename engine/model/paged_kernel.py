@@ -91,6 +91,8 @@ def launch(
         HAS_WINDOW=window is not None,
         HAS_SOFTCAP=softcap is not None,
         HAS_SINKS=sinks is not None,
+        # The interpreter keeps bfloat16 as 16 bits and would multiply those as integers.
+        WIDENS=not isinstance(_paged_attention, triton.JITFunction),
         num_warps=4,
         num_stages=1 if is_wide and keys.element_size() > 2 else 2,
     )
@@ -113,6 +115,14 @@ def rows_of_tile(group: int, width_bytes: int, *, is_single: bool) -> int:
 def padded(dim: int) -> int:
     """What a head dimension takes in a tile: powers of 2 from 16 on."""
     return max(16, int(triton.next_power_of_2(dim)))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _product(left: Any, right: Any, WIDENS: tl.constexpr) -> Any:
+    if WIDENS:
+        return tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(left, right, input_precision="ieee")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -152,6 +162,7 @@ def _paged_attention(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    WIDENS: tl.constexpr,
 ) -> None:
     TILE_QUERIES: tl.constexpr = ROWS // GROUP
     tile, kv_head = tl.program_id(0), tl.program_id(1)
@@ -196,7 +207,7 @@ def _paged_attention(
         k = tl.load(
             keys + key_at[None, :] + key_dims[:, None], mask=is_key[None, :] & (key_dims < KEY_DIM)[:, None], other=0.0
         )  # [KEY_PAD, KEYS]
-        scores = tl.dot(q, k, input_precision="ieee") * scaling
+        scores = _product(q, k, WIDENS) * scaling
         if HAS_SOFTCAP:
             # tanh(x) = 1 - 2 / (exp(2x) + 1), which is right at both infinities.
             scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
@@ -216,7 +227,7 @@ def _paged_attention(
             mask=is_key[:, None] & (value_dims < VALUE_DIM)[None, :],
             other=0.0,
         )  # [KEYS, VALUE_PAD]
-        summed = summed * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        summed = summed * shrink[:, None] + _product(weights.to(v.dtype), v, WIDENS)
         highest = new_highest
     out_at = (query_start + queries) * out_stride_token + heads * out_stride_head
     tl.store(
