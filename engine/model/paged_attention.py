@@ -71,14 +71,13 @@ def attend_kernel(
     if query.stride(2) != 1:
         query = query.contiguous()
     out = query.new_empty((query.shape[0], query.shape[1], values.shape[3]))
-    group = query.shape[1] // keys.shape[2]
-    width_bytes = paged_kernel.padded(widest) * keys.element_size()
+    form = paged_kernel.Form.of(query, keys, values)
     launches = []
     if inputs.num_singles:
-        launches.append((inputs.single_tiles(), paged_kernel.rows_of_tile(group, width_bytes, is_single=True)))
+        launches.append((inputs.single_tiles(), form.num_rows(is_single=True)))
     if inputs.num_singles < len(inputs.query_lens):
-        num_rows = paged_kernel.rows_of_tile(group, width_bytes, is_single=False)
-        launches.append((inputs.run_tiles(num_rows // group), num_rows))
+        num_rows = form.num_rows(is_single=False)
+        launches.append((inputs.run_tiles(num_rows // form.group), num_rows))
     for tiles, num_rows in launches:
         paged_kernel.launch(
             query,

@@ -9,8 +9,12 @@ It walks over the keys that the tile sees, a few blocks at a time, with the runn
 float32.
 """
 
+# Triton reads annotations of kernels as its own: theirs have none.
+# ruff: noqa: ANN001
+
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,11 +55,8 @@ def launch(
         scaling, window, softcap, sinks: as model/attention.py's AttentionCall has them; sinks [H], contiguous.
         num_rows: rows of a tile, a power of 2; a tile has num_rows // (H // Hkv) queries.
     """
-    num_heads, num_kv_heads = query.shape[1], keys.shape[2]
-    key_dim, value_dim = keys.shape[3], values.shape[3]
-    key_pad, value_pad = padded(key_dim), padded(value_dim)
-    is_wide = max(key_pad, value_pad) * keys.element_size() >= 512
-    _paged_attention[tile_sequences.shape[0], num_kv_heads](
+    form = Form.of(query, keys, values)
+    _paged_attention[tile_sequences.shape[0], keys.shape[2]](
         query,
         keys,
         values,
@@ -80,36 +81,68 @@ def launch(
         out.stride(0),
         out.stride(1),
         block_tables.stride(0),
-        GROUP=num_heads // num_kv_heads,
-        ROWS=num_rows,
-        KEYS=32 if is_wide else 64,
-        BLOCK=BLOCK_SIZE,
-        KEY_DIM=key_dim,
-        KEY_PAD=key_pad,
-        VALUE_DIM=value_dim,
-        VALUE_PAD=value_pad,
-        HAS_WINDOW=window is not None,
-        HAS_SOFTCAP=softcap is not None,
-        HAS_SINKS=sinks is not None,
-        # The interpreter keeps bfloat16 as 16 bits and would multiply those as integers.
-        WIDENS=not isinstance(_paged_attention, triton.JITFunction),
-        num_warps=4,
-        num_stages=1 if is_wide and keys.element_size() > 2 else 2,
+        **form.constants(
+            num_rows, has_window=window is not None, has_softcap=softcap is not None, has_sinks=sinks is not None
+        ),
+        **form.options,
     )
 
 
-def rows_of_tile(group: int, width_bytes: int, *, is_single: bool) -> int:
-    """Rows of a tile: enough for the heads of a group, no more than keep it in an SM's fast memory.
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What the kernel is compiled for: a model's heads.
 
     Args:
         group: query heads that share a KV head.
-        width_bytes: of the widest padded head.
-        is_single: whether tiles have one query.
+        key_dim, value_dim: of a head.
+        itemsize: bytes of a number.
     """
-    least: int = max(16, triton.next_power_of_2(group))  # matrix units take 16 rows
-    if is_single or width_bytes >= 1024:
-        return least
-    return max(least, 32 if width_bytes >= 512 else 64)
+
+    group: int
+    key_dim: int
+    value_dim: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Form:
+        """The form that serves [T, H, Dk] over [N, BLOCK_SIZE, Hkv, Dk] and [N, BLOCK_SIZE, Hkv, Dv]."""
+        return cls(query.shape[1] // keys.shape[2], keys.shape[3], values.shape[3], keys.element_size())
+
+    @property
+    def width(self) -> int:
+        """Bytes of the widest padded head: what must fit an SM's fast memory many times over."""
+        return max(padded(self.key_dim), padded(self.value_dim)) * self.itemsize
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How Triton compiles it."""
+        num_stages = 1 if self.width >= 512 and self.itemsize > 2 else 2
+        return {"num_warps": 4, "num_stages": num_stages, "enable_fp_fusion": True}
+
+    def num_rows(self, *, is_single: bool) -> int:
+        """Rows of a tile: at least the heads of a group; `is_single` where tiles have one query."""
+        least = max(16, int(triton.next_power_of_2(self.group)))  # matrix units take 16 rows
+        if is_single or self.width >= 1024:
+            return least
+        return max(least, 32 if self.width >= 512 else 64)
+
+    def constants(self, num_rows: int, *, has_window: bool, has_softcap: bool, has_sinks: bool) -> dict[str, Any]:
+        """The kernel's compile-time arguments."""
+        return {
+            "GROUP": self.group,
+            "ROWS": num_rows,
+            "KEYS": 32 if self.width >= 512 else 64,
+            "BLOCK": BLOCK_SIZE,
+            "KEY_DIM": self.key_dim,
+            "KEY_PAD": padded(self.key_dim),
+            "VALUE_DIM": self.value_dim,
+            "VALUE_PAD": padded(self.value_dim),
+            "HAS_WINDOW": has_window,
+            "HAS_SOFTCAP": has_softcap,
+            "HAS_SINKS": has_sinks,
+            # The interpreter keeps bfloat16 as 16 bits and would multiply those as integers.
+            "WIDENS": not isinstance(_paged_attention, triton.JITFunction),
+        }
 
 
 def padded(dim: int) -> int:
@@ -118,39 +151,44 @@ def padded(dim: int) -> int:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _product(left: Any, right: Any, WIDENS: tl.constexpr) -> Any:
+def _product(left, right, WIDENS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN202
     if WIDENS:
         return tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
     else:
         return tl.dot(left, right, input_precision="ieee")
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _paged_attention(
-    query: Any,
-    keys: Any,
-    values: Any,
-    out: Any,
-    sinks: Any,
-    tile_sequences: Any,
-    tile_firsts: Any,
-    query_starts: Any,
-    context_lens: Any,
-    block_tables: Any,
-    scaling: Any,
-    softcap: Any,
-    window: Any,
-    query_stride_token: Any,
-    query_stride_head: Any,
-    key_stride_block: Any,
-    key_stride_position: Any,
-    key_stride_head: Any,
-    value_stride_block: Any,
-    value_stride_position: Any,
-    value_stride_head: Any,
-    out_stride_token: Any,
-    out_stride_head: Any,
-    table_stride: Any,
+# What differs from step to step must not make Triton compile again while requests wait: it specialises on alignment.
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=[
+        "tile_sequences", "tile_firsts", "query_starts", "context_lens", "block_tables", "table_stride", "window",
+    ]
+)  # fmt: skip
+def _paged_attention(  # type: ignore[no-untyped-def]
+    query,
+    keys,
+    values,
+    out,
+    sinks,
+    tile_sequences,
+    tile_firsts,
+    query_starts,
+    context_lens,
+    block_tables,
+    scaling,
+    softcap,
+    window,
+    query_stride_token,
+    query_stride_head,
+    key_stride_block,
+    key_stride_position,
+    key_stride_head,
+    value_stride_block,
+    value_stride_position,
+    value_stride_head,
+    out_stride_token,
+    out_stride_head,
+    table_stride,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
