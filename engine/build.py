@@ -80,7 +80,9 @@ def _build_solo(loaded: LoadedModel, config: EngineConfig, reason: str, sampler:
 
 
 def _build_flat(loaded: LoadedModel, config: EngineConfig, choice: LaneChoice, sampler: Sampler) -> Engine:
-    kernel = None if config.is_static_cache else kernel_for(loaded.device)
+    # Static slots never move, and captured steps read slots: both are promised, and pages are neither.
+    has_slots = config.is_static_cache or config.compile is not None
+    kernel = None if has_slots else kernel_for(loaded.device)
     paged = None if kernel is None else build_paged(loaded, config, choice, sampler, kernel)
     if paged is not None:
         return paged
