@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
+import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -94,7 +96,7 @@ def load_native(directory: Path | None) -> NativeKernels | None:
     """Compile the kernels, or take them from `directory`, where they were compiled before.
 
     Args:
-        directory: belongs to this user alone, for what is in it is run; None to compile for this process only.
+        directory: where they are kept, if it is this user's alone, for what is in it is run; None for nowhere.
 
     Returns:
         The kernels; None, and why in the log, where they cannot be had.
@@ -104,7 +106,7 @@ def load_native(directory: Path | None) -> NativeKernels | None:
         return None
     compiler = next((path for path in map(shutil.which, COMPILERS) if path), None)
     try:
-        if directory is not None:
+        if directory is not None and _is_own(directory):
             return NativeKernels(_kept(directory, compiler))
         with tempfile.TemporaryDirectory() as temporary:
             return NativeKernels(_compile(compiler, Path(temporary) / "kernels.so"))
@@ -120,6 +122,16 @@ def _has_instructions() -> bool:
     return sys.platform == "linux" and (probe is None or bool(probe()))
 
 
+def _is_own(directory: Path) -> bool:
+    """Make the directory if it is not there; whether nobody else can put a library into it."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = directory.stat()
+    is_own = status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if not is_own:
+        logger.warning("%s can be written to by others: kernels are compiled for this process alone", directory)
+    return is_own
+
+
 def _kept(directory: Path, compiler: str | None) -> Path:
     """Return the library in `directory`, compiled anew where it is missing or not what was once written."""
     key = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
@@ -129,7 +141,6 @@ def _kept(directory: Path, compiler: str | None) -> Path:
             return path
         logger.warning("%s is damaged: compiling it anew", path)
         path.unlink()
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as temporary:
         made = _compile(compiler, Path(temporary) / "kernels.so")
         target = directory / f"kernels-{key}-{hashlib.sha256(made.read_bytes()).hexdigest()[:16]}.so"

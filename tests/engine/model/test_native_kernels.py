@@ -36,6 +36,15 @@ def test_they_are_compiled_once_and_a_damaged_library_is_compiled_again(
 
 
 @compiles
+def test_a_directory_that_others_can_write_to_is_not_trusted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    assert load_native(shared) is not None
+    assert not list(shared.iterdir()) and "can be written to by others" in caplog.text
+
+
+@compiles
 def test_another_source_is_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_native(tmp_path) is not None
     other = tmp_path / "other.cpp"

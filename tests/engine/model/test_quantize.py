@@ -162,6 +162,15 @@ def test_it_is_served_in_the_flat_lane_with_the_tokens_of_its_own_generate(check
         assert tokens(outputs[number])[:6] == expected[number][:6]
 
 
+@pytest.mark.parametrize("family", ["t5", "whisper"])
+def test_encoder_decoders_are_served_in_their_lane(family: str, checkpoints: Path) -> None:
+    loaded = load(checkpoint(family, checkpoints), family)
+    config = EngineConfig(max_num_seqs=4, max_batch_tokens=64, max_model_len=64, max_source_len=50)
+    engine = build_engine(loaded, config, lambda _what, _share: None)
+    assert engine.lane.name == "seq2seq", engine.lane.reason
+    assert all(layer._packed is not None for layer in int4_layers(loaded.model).values()), "used by its weight"
+
+
 def test_weights_come_from_the_disk_the_second_time_and_are_the_same(
     checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
