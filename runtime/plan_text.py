@@ -90,7 +90,7 @@ def _kv(found: DryRun) -> Iterator[str]:
         yield f"{kv.bytes_per_token:,} bytes a token of output, {kv.bytes_per_source_position:,} a source's position"
     if demand.max_source_len is not None and demand.is_source_fixed:
         cross = size(demand.max_source_len * kv.bytes_per_source_position)
-        yield f"every source has {demand.max_source_len:,} positions: {cross} a request"
+        yield f"every source takes {demand.max_source_len:,} positions: {cross} a request"
     if kv.bytes_fixed:
         yield f"+ {size(kv.bytes_fixed)} of state for each sequence, whatever its length"
     if kv.windows is not None:

@@ -165,7 +165,16 @@ def test_what_lies_about_in_a_checkout_stays_outside(path: str) -> None:
     assert is_ignored(path)
 
 
-@pytest.mark.parametrize("path", ["requirements.txt", "main.py", "engine/kv/pool.py", "demo/chat/model.safetensors"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "requirements.txt",
+        "main.py",
+        "engine/kv/pool.py",
+        "engine/model/native_kernels.cpp",
+        "demo/chat/model.safetensors",
+    ],
+)
 def test_what_is_needed_is_not_ignored(path: str) -> None:
     assert not is_ignored(path)
 

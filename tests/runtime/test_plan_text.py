@@ -99,7 +99,7 @@ def test_what_a_sequence_keeps_is_told_by_kind() -> None:
     sides = KVCost("seq2seq", False, "if exact", 6144, bytes_per_source_position=4096)
     text = plan_text(found(kv=sides, max_model_len=448, max_source_len=1500, is_source_fixed=True))
     assert "6,144 bytes a token of output, 4,096 a source's position" in text
-    assert "every source has 1,500 positions: 5.9 MiB a request" in text
+    assert "every source takes 1,500 positions: 5.9 MiB a request" in text
     assert "source" in text.splitlines()[-4]
     assert "the longest of 448 tokens from a source of 1,500 positions" in text.splitlines()[-1]
 

@@ -176,8 +176,9 @@ def test_int4_weights_are_told_as_they_are_loaded(checkpoint: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("options", [{}, {"static_cache": True, "continuous_batching_batch_size": 2}])
-def test_an_encoder_decoder_is_told_as_it_is_loaded(options: dict[str, Any]) -> None:
-    settings = settings_of("demo-t5", kv_cache_memory=None if options else 2**24, **options)
+@pytest.mark.parametrize("model", ["demo-t5", "demo-whisper"])
+def test_an_encoder_decoder_is_told_as_it_is_loaded(model: str, options: dict[str, Any]) -> None:
+    settings = settings_of(model, kv_cache_memory=None if options else 2**24, **options)
     found = dry_run(settings)
     stack = load_model_stack(settings, lambda _doing, _share: None)
     info = stack.info
