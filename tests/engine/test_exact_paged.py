@@ -5,6 +5,7 @@ On the CPU by the kernel's plain twin, so that all but the kernel itself is what
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from typing import Any
 
@@ -19,9 +20,10 @@ from engine.kv.paged_pool import BlockPool
 from engine.kv.prefix import BLOCK_SIZE
 from engine.model.attention import AttentionCall
 from engine.model.loader import describe
-from engine.model.paged_attention import attend_blocks
+from engine.model.paged_attention import attend_blocks, attend_kernel
 from engine.model.paged_inputs import PagedInputs
 from engine.model.paged_runner import PagedRunner
+from engine.model.runner import FlatRunner
 from engine.model.selfcheck import choose_lane
 from engine.sampling.sampler import Sampler
 from engine.sequence import SamplingParams
@@ -31,6 +33,11 @@ from tests.engine.harness import drive, engine_for, greedy, reference, tiny_mode
 FAMILIES = ["llama", "mistral", "gemma2", "gpt_oss", "deepseek_v3"]
 LENGTHS = (5, 40, 90, 3, 70, 1, 64, 33)
 NUM_TOKENS = 20
+
+interpreted = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or torch.cuda.is_available(),
+    reason="no triton, or a GPU to run on instead (tests/gpu)",
+)
 
 
 def _prompts() -> list[list[int]]:
@@ -76,6 +83,23 @@ def test_preemption_changes_nothing(name: str) -> None:
     stats = engine.stats()
     assert stats.preemptions_total > 0
     assert stats.kv_bytes_allocated <= budget
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_oss", "deepseek_v3"])
+def test_the_interpreted_kernel_gives_the_tokens_of_generate(name: str) -> None:
+    prompts = [zoo.prompt(length, seed=length) for length in (40, 3)]
+    engine = _build(name, attend_kernel, max_batch_tokens=24)
+    assert engine is not None
+    outputs = drive(engine, [greedy(n, prompt, 6) for n, prompt in enumerate(prompts)])
+    assert [tokens(outputs[n]) for n in range(2)] == [reference(name, prompt, 6) for prompt in prompts]
+
+
+def test_pages_are_kept_where_there_is_a_kernel_unless_the_cache_is_static(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(engine_for("llama").runner, FlatRunner)
+    monkeypatch.setattr("engine.build.kernel_for", lambda _device: attend_blocks)
+    assert isinstance(engine_for("llama").runner, PagedRunner)
+    assert isinstance(engine_for("llama", is_static_cache=True).runner, FlatRunner)
 
 
 def test_a_shared_prompt_takes_its_blocks_once() -> None:

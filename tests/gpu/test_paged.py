@@ -12,6 +12,7 @@ import torch
 
 from engine.build import build_engine
 from engine.config import EngineConfig
+from engine.engine import Engine
 from engine.model.attention import AttentionCall
 from engine.model.loader import describe
 from engine.model.paged_attention import attend_blocks, attend_kernel
@@ -58,6 +59,10 @@ def test_the_kernel_agrees_with_its_twin(
     torch.testing.assert_close(got.float(), wanted, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
+def _engine(name: str, config: dict[str, Any]) -> Engine:
+    return build_engine(describe(tiny_model(name).cuda()), EngineConfig(**config), lambda _what, _share: None)
+
+
 def _generate(name: str, prompt: list[int], num_tokens: int) -> list[int]:
     input_ids = torch.tensor([prompt], device="cuda")
     output = tiny_model(name).cuda().generate(input_ids, do_sample=False, max_new_tokens=num_tokens)
@@ -68,13 +73,11 @@ def _generate(name: str, prompt: list[int], num_tokens: int) -> list[int]:
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss", "deepseek_v3"])
 @pytest.mark.parametrize("limits", [{}, {"max_batch_tokens": 12}, {"num_pages": 10}])
 def test_an_engine_keeps_pages_and_gives_the_tokens_of_generate(name: str, limits: dict[str, Any]) -> None:
-    loaded = describe(tiny_model(name).cuda())
     config = {"max_num_seqs": 8, "max_batch_tokens": 256, "max_model_len": 256, **limits}
     num_pages = config.pop("num_pages", None)
     if num_pages is not None:  # too few for all: some are preempted
-        per_token = build_engine(loaded, EngineConfig(**config), lambda _what, _share: None).lane.kv_bytes_per_token
-        config["kv_budget_bytes"] = num_pages * 32 * per_token
-    engine = build_engine(loaded, EngineConfig(**config), lambda _what, _share: None)
+        config["kv_budget_bytes"] = num_pages * 32 * _engine(name, config).lane.kv_bytes_per_token
+    engine = _engine(name, config)
     assert isinstance(engine.runner, PagedRunner)
     prompts = [zoo.prompt(12 + 5 * n, seed=n) for n in range(6)]
     expected = [_generate(name, prompt, 120) for prompt in prompts]
@@ -87,8 +90,7 @@ def test_an_engine_keeps_pages_and_gives_the_tokens_of_generate(name: str, limit
 def test_no_step_makes_the_kernel_compile_again_once_the_engine_is_built() -> None:
     from engine.model import paged_kernel
 
-    config = EngineConfig(max_num_seqs=8, max_batch_tokens=64, max_model_len=256)
-    engine = build_engine(describe(tiny_model("mistral").cuda()), config, lambda _what, _share: None)
+    engine = _engine("mistral", {"max_num_seqs": 8, "max_batch_tokens": 64, "max_model_len": 256})
 
     def num_compiled() -> int:
         return sum(len(entry[0]) for entry in paged_kernel._paged_attention.device_caches.values())
