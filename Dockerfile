@@ -22,7 +22,7 @@ FROM base AS dependencies
 ARG TORCH_INDEX_URL=""
 WORKDIR /build
 COPY requirements.txt ./
-# Wheels only, so that no compiler is needed, here or in the final image. torch alone comes from the index, its
+# Wheels only, so that no compiler is needed here. torch alone comes from the index, its
 # dependencies with the rest.
 RUN python -m venv /venv \
     && if [ -n "$TORCH_INDEX_URL" ]; then \
@@ -32,6 +32,8 @@ RUN python -m venv /venv \
     && python -m pip install --no-cache-dir --only-binary=:all: -r requirements.txt
 
 FROM base AS server
+# What --torch-compile and the int4 kernel of --hqq are built with when they are asked for; nothing else is.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 # The user owns the cache and nothing else; a new volume takes its owner from the image.
 RUN useradd --uid 1000 --create-home --shell /usr/sbin/nologin server \
     && install -d -o server -g server /cache /cache/huggingface
