@@ -270,6 +270,6 @@ def _paged_attention(  # type: ignore[no-untyped-def]
     out_at = (query_start + queries) * out_stride_token + heads * out_stride_head
     tl.store(
         out + out_at[:, None] + value_dims[None, :],
-        (summed / total[:, None]).to(out.dtype.element_ty),
+        (summed / tl.where(is_row, total, 1.0)[:, None]).to(out.dtype.element_ty),
         mask=is_row[:, None] & (value_dims < VALUE_DIM)[None, :],
     )
