@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from engine.kv.pool import Slot, SlotOp, SlotPool
+from engine.kv.pool import ClearSlot, Slot, SlotOp, SlotPool
 from engine.sequence import Sequence, Source
 
 
@@ -96,6 +96,8 @@ class CrossManager:
         if reading.is_encoded and can_keep and self.is_caching:
             self._kept[reading.source.key] = reading
         else:
+            if not can_keep:
+                self._ops.append(ClearSlot(reading.slot))
             self.pool.release(reading.slot)
 
     def to_encode(self, sequences: list[Sequence]) -> list[tuple[Source, Slot]]:

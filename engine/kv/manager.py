@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from engine.kv.pool import CopySlot, Slot, SlotOp, SlotPool
+from engine.kv.pool import ClearSlot, CopySlot, Slot, SlotOp, SlotPool
 from engine.kv.prefix import BLOCK_SIZE, PrefixIndex, block_keys, chain
 from engine.sequence import Sequence, Source
 
@@ -172,6 +172,8 @@ class KVManager:
             self._kept[holding.slot] = holding
         else:
             self._forget(holding)
+            if not can_keep:
+                self._ops.append(ClearSlot(holding.slot))
             self.pool.release(holding.slot)
 
     def give_back(self, max_kept_tokens: int) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import torch
 
-from engine.kv.pool import CopySlot, SlotOp
+from engine.kv.pool import ResizeArena, SlotOp
 from engine.kv.prefix import BLOCK_SIZE
 from engine.kv.slots import LayerShape
 
@@ -43,8 +43,8 @@ class PagedStorage:
     def apply(self, ops: Iterable[SlotOp]) -> None:
         """Carry out what the accounting decided, in its order."""
         for op in ops:
-            if isinstance(op, CopySlot):
-                raise TypeError("blocks are shared, never copied")
+            if not isinstance(op, ResizeArena):
+                raise TypeError("blocks are shared, never copied or cleared")
             self._resize(op.keep, op.num_slots)
 
     def clear(self) -> None:

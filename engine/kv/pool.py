@@ -43,7 +43,14 @@ class CopySlot:
     num_tokens: int
 
 
-SlotOp = ResizeArena | CopySlot
+@dataclass(frozen=True, slots=True)
+class ClearSlot:
+    """Make a slot's content zeros: what it held may be NaN, and a masked NaN is one still."""
+
+    slot: Slot
+
+
+SlotOp = ResizeArena | CopySlot | ClearSlot
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from engine.kv.pool import CopySlot, ResizeArena, SlotOp
+from engine.kv.pool import ClearSlot, CopySlot, ResizeArena, SlotOp
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,10 @@ class SlotStorage:
         for op in ops:
             if isinstance(op, CopySlot):
                 self._copy(op)
+            elif isinstance(op, ClearSlot):
+                arena = self.arenas[op.slot.capacity]
+                for tensor in (*arena.keys, *arena.values):
+                    tensor[op.slot.index].zero_()
             else:
                 self._resize(op)
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.kv.manager import KVManager
-from engine.kv.pool import CopySlot, ResizeArena, Slot, SlotPool, size_classes
+from engine.kv.pool import ClearSlot, CopySlot, ResizeArena, Slot, SlotPool, size_classes
 from engine.kv.prefix import BLOCK_SIZE
 from engine.sequence import PromptProbe, SamplingParams, Sequence, Source
 
@@ -183,6 +183,9 @@ class _Shadow:
         for op in manager.take_ops():
             if isinstance(op, CopySlot):
                 self.rows[op.target] = self.rows[op.source][: op.num_tokens] + self.rows[op.target][op.num_tokens :]
+                continue
+            if isinstance(op, ClearSlot):
+                self.rows[op.slot] = [-1] * op.slot.capacity
                 continue
             assert all(index < self.sizes.get(op.capacity, 0) for index in op.keep)
             kept = [self.rows[Slot(op.capacity, index)] for index in op.keep]
