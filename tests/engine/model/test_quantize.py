@@ -32,8 +32,9 @@ from engine.model.drift import measure_drift, trial_logits
 from engine.model.int4.cpu import CpuInt4
 from engine.model.int4.disk import KeptWeights
 from engine.model.int4.linear import Int4Linear
+from engine.model.int4.report import QuantiseReport, describe_weights
 from engine.model.loader import LoadedModel, LoadError, LoadRequest, load_model
-from engine.model.quantize import Quantisation, QuantiseReport, QuantiseRequest
+from engine.model.quantize import Quantisation, QuantiseRequest
 from tests.engine.harness import drive, greedy, tokens
 from tests.int4_weights import HAS_CPU_KERNEL
 from tests.zoo import generate, prompt, randomise
@@ -242,7 +243,7 @@ def test_the_report_counts_layers_bytes_and_reasons(
     checkpoints: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reports: list[QuantiseReport] = []
-    count = quantize.describe_weights
+    count = describe_weights
 
     def noted(*arguments: Any) -> QuantiseReport:
         reports.append(count(*arguments))
