@@ -19,7 +19,6 @@ from models import ChunkingStrategy, TranscriptionBody
 from runtime.transcription import Chunking, SequentialChunking, Task, TranscriptionRequest, VadChunking
 
 Format = Literal["json", "text", "srt", "verbose_json", "vtt"]
-_WITH_TIMES = frozenset({"srt", "vtt", "verbose_json"})
 # The model reads its last 223 tokens at most, which are never as long as this.
 MAX_PROMPT_CHARS = 20_000
 # No window is longer: a longer pause or padding would mean nothing.
@@ -39,7 +38,6 @@ class TranscriptionPlan:
         language: a code the model knows; None to find it.
         prompt: maybe empty.
         temperature: 0 for the ladder.
-        has_timestamps: whether the model is asked for times.
         chunking: how long audio is cut.
         seed: as asked for.
         priority: lower runs first.
@@ -52,7 +50,6 @@ class TranscriptionPlan:
     language: str | None
     prompt: str
     temperature: float
-    has_timestamps: bool
     chunking: Chunking
     seed: int | None
     priority: int
@@ -65,7 +62,6 @@ class TranscriptionPlan:
             language=self.language,
             prompt=self.prompt,
             temperature=self.temperature,
-            has_timestamps=self.has_timestamps,
             has_words=self.has_words,
             chunking=self.chunking,
             seed=seed if self.seed is None else self.seed,
@@ -97,7 +93,6 @@ def transcription_plan(body: TranscriptionBody, task: Task, info: ModelInfo) -> 
         prompt=_prompt(body),
         temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
         # The sequential seek goes from timestamp to timestamp.
-        has_timestamps=response_format in _WITH_TIMES or isinstance(chunking, SequentialChunking),
         chunking=chunking,
         seed=bounds.integer(body, "seed", -(2**63), 2**64 - 1),
         priority=bounds.either(bounds.integer(body, "priority", -MAX_PRIORITY, MAX_PRIORITY), 0),

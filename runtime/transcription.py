@@ -46,7 +46,7 @@ class TranscriptionRequest:
         language: code such as `en`, as the model knows it; None to find it from the audio.
         prompt: text that comes before, for spelling and style.
         temperature: 0 for the ladder of 0 to 1 by 0.2; else the only one tried.
-        has_timestamps: whether segments need their times; without, the model is asked for text alone.
+        has_timestamps: whether the model writes times, which keeps it on its way through a full window.
         has_words: whether words need their times.
         chunking: how audio longer than a window is cut.
         seed: makes what is drawn at temperatures above 0 repeatable; None for the server's choice.

@@ -32,7 +32,7 @@ def plan(task: Task = "transcribe", info: Any = INFO, **fields: Any) -> Transcri
 def test_without_fields_everything_is_found_out() -> None:
     request = plan().request(b"audio", seed=7, cache_salt=b"salt", arrival_time_s=1.5)
     assert (request.audio, request.task, request.language, request.prompt) == (b"audio", "transcribe", None, "")
-    assert (request.temperature, request.has_timestamps, request.has_words) == (0.0, False, False)
+    assert (request.temperature, request.has_timestamps, request.has_words) == (0.0, True, False)
     assert request.chunking == VadChunking() and request.priority == 0
     assert (request.seed, request.cache_salt, request.arrival_time_s) == (7, b"salt", 1.5)
 
@@ -67,14 +67,14 @@ def test_objects_may_come_as_json_or_entry_by_entry() -> None:
     assert plan(chunking_strategy='{"type": "server_vad"}').chunking == VadChunking()
 
 
-@pytest.mark.parametrize(
-    ("response_format", "has_timestamps"),
-    [("json", False), ("text", False), ("srt", True), ("vtt", True), ("verbose_json", True)],
-)
-def test_times_are_asked_for_where_they_are_shown(response_format: str, has_timestamps: bool) -> None:
-    assert plan(response_format=response_format).has_timestamps == has_timestamps
-    sequential = plan(response_format=response_format, chunking_strategy='{"type": "sequential"}')
-    assert sequential.chunking == SequentialChunking() and sequential.has_timestamps
+@pytest.mark.parametrize("response_format", ["json", "text", "srt", "vtt", "verbose_json"])
+def test_times_are_always_asked_for_so_that_every_format_has_one_text(response_format: str) -> None:
+    made = plan(response_format=response_format)
+    assert made.request(b"", seed=1, cache_salt=b"", arrival_time_s=0.0).has_timestamps
+
+
+def test_seeking_can_be_asked_for() -> None:
+    assert plan(chunking_strategy='{"type": "sequential"}').chunking == SequentialChunking()
 
 
 def test_granularities_are_segments_unless_named() -> None:
