@@ -64,6 +64,7 @@ SOLO_FAMILIES: dict[str, Family] = {
     "switch_transformers": Family(
         "switch_transformers", {**_T5, "num_experts": 4, "num_sparse_decoder_layers": 1}, 0.2
     ),
+    "pegasus_x": Family("pegasus_x", {**_BART, "num_global_tokens": 4, "block_size": 8}, 0.16),
     "prophetnet": Family(
         "prophetnet",
         {

@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 from transformers.modeling_outputs import BaseModelOutput
 
 from engine.kv.slots import LayerShape
-from engine.model.attention import NAME, flat_attention
+from engine.model.attention import NAME, NotFlat, flat_attention
 from engine.model.decoder_cache import StepCache
 from engine.model.positions import StepPositions
 from engine.model.runner import accepts
@@ -50,12 +50,21 @@ class FlatDecoder:
         decoder = model.get_decoder()
         # Encoder and decoder may share one config object; only the decoder's attention becomes ours.
         self._configs = own_configs(decoder)
+        if not self._configs:
+            raise NotFlat("its decoder does not go through transformers' attention interface")
         self._plain_name = next(iter(self._configs.values()))._attn_implementation
-        self._use(NAME)
         self._takes_positions = accepts(model, "decoder_position_ids")
-        self._positions = None if self._takes_positions else _own_positions(decoder, num_positions)
-        head = model.get_output_embeddings()
-        self._hook = None if head is None else head.register_forward_pre_hook(_cut)
+        self._positions: str | None = None
+        self._hook: Any = None
+        self._use(NAME)
+        try:
+            if not self._takes_positions:
+                self._positions = _own_positions(decoder, num_positions)
+            head = model.get_output_embeddings()
+            self._hook = None if head is None else head.register_forward_pre_hook(_cut)
+        except Exception:
+            self.undo()
+            raise
 
     def run(self, step: FlatStep) -> torch.Tensor:
         """One flat step; logits [R, V] of the tokens that inputs.logit_rows names."""
