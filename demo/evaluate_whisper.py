@@ -75,6 +75,16 @@ def scores(listener: Listener, speak: Speak, num_windows: int) -> list[tuple[str
                 f"{score.num_words} words",
             )
         )
+    full = trial_windows(speak, _HELD_OUT, "en", num_windows // 2, _SEED + 30, is_full=True)
+    for name, with_stamps in ((", with timestamps", True), ("", False)):
+        score = score_words(full, listener.texts(full, "en", stamps=with_stamps))
+        lines.append(
+            (
+                f"word errors, half a minute full of English digits, unseen voices{name}",
+                f"{score.error_rate:.1%}",
+                f"{score.num_words} words",
+            )
+        )
     lines.append(("language right, unseen voices", f"{num_right / num_languages:.1%}", f"{num_languages} windows"))
     errors = start_errors(listener, windows, "en")
     lines.append(("word starts off, median", f"{statistics.median(errors):.2f} s", f"{len(errors)} words"))
@@ -109,7 +119,7 @@ def main() -> None:
         prog="python -m demo.evaluate_whisper", description="Scores the demo speech model."
     )
     parser.add_argument("--model", type=Path, required=True, help="directory of the checkpoint; its card is updated")
-    parser.add_argument("--num-windows", type=int, default=60, help="windows of each kind (default: 60)")
+    parser.add_argument("--num-windows", type=int, default=40, help="windows of each kind (default: 40)")
     parser.add_argument("--num-threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--dry-run", action="store_true", help="print only, write nothing")
     given = parser.parse_args()

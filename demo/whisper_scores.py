@@ -51,9 +51,11 @@ class StartTokens:
     no_speech_prob: float
 
 
-def trial_windows(speak: Speak, habits: Habits, language: str, num_windows: int, seed: int) -> list[Window]:
-    """Windows of up to 12 s of speech in this language, then silence."""
-    mixture = Mixture(languages=((language, 1.0),), quiet_share=0.0, short_share=1.0)
+def trial_windows(
+    speak: Speak, habits: Habits, language: str, num_windows: int, seed: int, is_full: bool = False
+) -> list[Window]:
+    """Windows of up to 12 s of speech in this language, then silence; or windows full of it."""
+    mixture = Mixture(languages=((language, 1.0),), quiet_share=0.0, short_share=0.0 if is_full else 1.0)
     rng, pool = np.random.default_rng(seed), Pool(habits, speak, seed)
     return [draw_window(rng, pool, NUM_POSITIONS, mixture) for _ in range(num_windows)]
 
