@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from engine.kv.pool import ClearSlot, CopySlot, ResizeArena, SlotOp
+from engine.kv.pool import ClearSlot, CopySlot, ResizeArena, Slot, SlotOp
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,12 @@ class SlotStorage:
                     tensor[op.slot.index].zero_()
             else:
                 self._resize(op)
+
+    def write(self, slot: Slot, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Fill a slot of one layer from its first position on: keys [H, L, Dk], values [H, L, Dv]."""
+        arena = self.arenas[slot.capacity]
+        arena.keys[layer][slot.index, :, : keys.shape[1]] = keys
+        arena.values[layer][slot.index, :, : values.shape[1]] = values
 
     def clear(self) -> None:
         """Drop every tensor."""

@@ -101,11 +101,10 @@ class Seq2SeqRunner:
             batch = [pair for pair in by_length if pair[0].num_positions <= longest]
             by_length = by_length[len(batch) :]
             hidden, mask = self.encoder.encode([source for source, _ in batch])
-            for layer, kv in enumerate(self.encoder.project(hidden, mask)):
+            for layer, (keys, values) in enumerate(self.encoder.project(hidden, mask)):
                 for row, (source, slot) in enumerate(batch):
-                    arena, length = self.cross_storage.arenas[slot.capacity], source.num_positions
-                    for target, made in zip((arena.keys, arena.values), kv, strict=True):
-                        target[layer][slot.index, :, :length] = made[row, :, :length]
+                    length = source.num_positions  # what lies beyond is padding
+                    self.cross_storage.write(slot, layer, keys[row, :, :length], values[row, :, :length])
             self.cross.note_encoded([source for source, _ in batch])
 
 

@@ -18,7 +18,7 @@ from engine.kv.slots import LayerShape, SlotStorage
 from engine.model import encoder_attention
 from engine.model.attention import NotFlat
 from engine.model.cross_attention import build_cross
-from engine.model.encoder import Encoder, LayerKV
+from engine.model.encoder import Encoder
 from engine.model.flat_decoder import FlatDecoder, own_configs
 from engine.model.inputs import build_inputs
 from engine.model.selfcheck import (
@@ -169,7 +169,8 @@ class _Trial:
         self._cross_storage.apply([ResizeArena(_CAPACITY, (), 3)])
         sequences = []
         for number, (prompt, hidden) in enumerate(zip(prompts, hiddens, strict=True)):
-            self._store(self._cross_slots[number], self._encoder.project(hidden, None))
+            for layer, (keys, values) in enumerate(self._encoder.project(hidden, None)):
+                self._cross_storage.write(self._cross_slots[number], layer, keys[0], values[0])
             source = Source(bytes([number]), hidden.shape[1])
             sequences.append(Sequence(number, prompt, SamplingParams(max_tokens=1), arrival_time_s=0.0, source=source))
         errors: list[float] = []
@@ -189,9 +190,3 @@ class _Trial:
             errors += row_errors(logits, torch.cat(wanted))
         check_windows(self._decoder.model.config.get_text_config(decoder=True), windows)
         return judge(errors, self._storage.shapes[0].dtype)
-
-    def _store(self, slot: Slot, made: list[LayerKV]) -> None:
-        arena = self._cross_storage.arenas[slot.capacity]
-        for layer, (keys, values) in enumerate(made):
-            arena.keys[layer][slot.index, :, : keys.shape[2]] = keys[0]
-            arena.values[layer][slot.index, :, : values.shape[2]] = values[0]
