@@ -107,14 +107,14 @@ def load_model_stack(settings: Settings, progress: Progress) -> LoadedStack:
     Raises:
         StartupError: the options do not fit the model or the machine; one line says which and why.
     """
-    source = _source(settings)
+    source = source_of(settings)
     progress("importing torch and transformers", None)
     from text.errors import TokenizerError
     from text.prompt import PromptEncoder
     from text.tokenizer import load_tokenizer
 
-    _quieten_libraries()
-    device = _device(settings)
+    quieten_libraries()
+    device = device_for(settings)
     if device == "cpu":
         _use_cores()
     family = check_fit(settings, source, device)
@@ -145,7 +145,7 @@ def load_model_stack(settings: Settings, progress: Progress) -> LoadedStack:
     return LoadedStack(engine, prompts, tokenizer, info, make_transcriber)
 
 
-def _source(settings: Settings) -> str:
+def source_of(settings: Settings) -> str:
     """Hub id or directory of the model."""
     name = settings.hf_model
     demo = DEMO_MODELS.get(name)
@@ -158,7 +158,7 @@ def _source(settings: Settings) -> str:
     return str(demo)
 
 
-def _quieten_libraries() -> None:
+def quieten_libraries() -> None:
     """One voice in the log: transformers' lines go through ours, its bars only to a terminal."""
     from transformers.utils import logging as transformers_logging
 
@@ -168,7 +168,8 @@ def _quieten_libraries() -> None:
         transformers_logging.disable_progress_bar()
 
 
-def _device(settings: Settings) -> str:
+def device_for(settings: Settings) -> str:
+    """The device to run on: as asked, else the CPU where there is no other; raises StartupError for one not there."""
     import torch
 
     wanted = settings.accelerator_type
@@ -269,7 +270,7 @@ def _engine_config(settings: Settings, loaded: LoadedModel, device: str) -> Engi
     default_tokens = MAX_BATCH_TOKENS_CPU if device == "cpu" else MAX_BATCH_TOKENS_ACCELERATOR
     if device != "cpu" and loaded.family == "speech" and loaded.max_source_positions is not None:
         default_tokens = WINDOWS_PER_STEP_ACCELERATOR * loaded.max_source_positions
-    free_bytes = _free_bytes(device)
+    free_bytes = free_bytes_on(device)
     kv_budget_bytes = settings.kv_cache_memory
     if kv_budget_bytes is None:
         kv_budget_bytes = int(free_bytes * KV_SHARE_OF_FREE_MEMORY)
@@ -281,8 +282,8 @@ def _engine_config(settings: Settings, loaded: LoadedModel, device: str) -> Engi
         max_num_seqs=settings.continuous_batching_batch_size,
         # Every sequence of a full step needs room for its one token.
         max_batch_tokens=settings.max_batch_tokens or max(default_tokens, settings.continuous_batching_batch_size),
-        max_model_len=_max_model_len(settings, loaded.max_positions),
-        max_source_len=_max_source_len(settings, loaded),
+        max_model_len=max_model_len_of(settings, loaded.max_positions),
+        max_source_len=max_source_len_of(settings, loaded),
         kv_budget_bytes=kv_budget_bytes,
         is_prefix_caching=settings.prefix_caching,
         is_static_cache=settings.static_cache,
@@ -312,7 +313,7 @@ def _profile_directory() -> Path:
     return directory
 
 
-def _max_model_len(settings: Settings, positions: int | None) -> int:
+def max_model_len_of(settings: Settings, positions: int | None) -> int:
     """The longest sequence: as asked, or what the model has positions for."""
     option, asked = "--max-model-len", settings.max_model_len
     if settings.static_cache:
@@ -322,7 +323,7 @@ def _max_model_len(settings: Settings, positions: int | None) -> int:
     return asked or positions or MAX_MODEL_LEN_OF_UNBOUNDED
 
 
-def _max_source_len(settings: Settings, loaded: LoadedModel) -> int | None:
+def max_source_len_of(settings: Settings, loaded: LoadedModel) -> int | None:
     """The longest source: as asked, or what the encoder has positions for; None without an encoder."""
     positions = loaded.max_source_positions
     if loaded.family == "decoder":
@@ -334,7 +335,8 @@ def _max_source_len(settings: Settings, loaded: LoadedModel) -> int | None:
     return min(settings.max_model_len or MAX_MODEL_LEN_OF_UNBOUNDED, positions or MAX_MODEL_LEN_OF_UNBOUNDED)
 
 
-def _free_bytes(device: str) -> int:
+def free_bytes_on(device: str) -> int:
+    """Bytes of memory that can still be taken on a device."""
     import torch
 
     from runtime.hardware import free_memory_bytes

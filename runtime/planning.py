@@ -62,9 +62,9 @@ def dry_run(settings: Settings) -> DryRun:
     Raises:
         StartupError: serving would refuse these options whatever the memory; one line says which and why.
     """
-    source = loading._source(settings)
-    loading._quieten_libraries()
-    device = loading._device(settings)
+    source = loading.source_of(settings)
+    loading.quieten_libraries()
+    device = loading.device_for(settings)
     check_fit(settings, source, device)
     try:
         stored, why_not_stored = read_stored_weights(source, settings.revision), ""
@@ -101,7 +101,7 @@ def _reckon(settings: Settings, source: str, device: str, stored: StoredWeights 
     if kv is not None and kv.lane == "solo" and kv.is_certain and settings.static_cache:
         raise StartupError(f"--static-cache True: this model keeps a cache of its own for each sequence: {kv.reason}")
     demand = _demand(settings, loaded, device, kv, loading_bytes, weights, widths)
-    free_bytes = loading._free_bytes(device)
+    free_bytes = loading.free_bytes_on(device)
     return DryRun(
         model=settings.hf_model,
         architecture=type(model).__name__,
@@ -192,8 +192,8 @@ def _demand(
         kv_cache_memory=settings.kv_cache_memory,
         kv_share=loading.KV_SHARE_OF_FREE_MEMORY,
         max_num_seqs=max_num_seqs,
-        max_model_len=loading._max_model_len(settings, loaded.max_positions),
-        max_source_len=loading._max_source_len(settings, loaded),
+        max_model_len=loading.max_model_len_of(settings, loaded.max_positions),
+        max_source_len=loading.max_source_len_of(settings, loaded),
         is_source_fixed=loaded.family == "speech" or settings.static_cache,
         is_static=settings.static_cache,
         smallest_slot=SMALLEST_SLOT,
