@@ -13,7 +13,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from engine.kv.pool import ClearSlot, CopySlot, Slot, SlotOp, SlotPool
-from engine.kv.prefix import BLOCK_SIZE, PrefixIndex, block_keys, chain
+from engine.kv.prefix import BLOCK_SIZE, PrefixIndex, block_keys, chain, may_reuse
 from engine.sequence import Sequence, Source
 
 WORTH_WAITING_BLOCKS = 4  # a beginning that another sequence computes right now is waited for from this length on
@@ -236,9 +236,7 @@ class KVManager:
         return _Match(holding, keys)
 
     def _can_reuse(self, sequence: Sequence) -> bool:
-        # Scoring a prompt needs every token's logits, aligning it every token's attention.
-        params = sequence.params
-        return self.is_prefix_caching and params.num_prompt_logprobs is None and not params.is_aligning
+        return self.is_prefix_caching and may_reuse(sequence)
 
     def _keys_of(self, sequence: Sequence) -> list[bytes]:
         keys = self._waiting_keys.get(sequence.sequence_id)

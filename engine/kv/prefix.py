@@ -26,6 +26,11 @@ def chain(previous: bytes, token_ids: list[int]) -> bytes:
     return hashlib.sha256(previous + array("q", token_ids).tobytes()).digest()
 
 
+def may_reuse(sequence: Sequence) -> bool:
+    """Whether computed tokens serve a sequence: scoring a prompt needs every token's logits, aligning its attention."""
+    return sequence.params.num_prompt_logprobs is None and not sequence.params.is_aligning
+
+
 def block_keys(sequence: Sequence) -> list[bytes]:
     """The keys of a sequence's full blocks up to the first token whose logits are wanted: that one is computed."""
     keys, key = [], sequence.kv_salt
