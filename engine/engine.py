@@ -17,12 +17,13 @@ import torch
 from engine.compile.steps import CompiledSteps
 from engine.config import EngineConfig
 from engine.errors import ServerError, StepFailed
+from engine.kv.accounting import KVAccounting
 from engine.model.runner import Runner, StepLogits
 from engine.pacing import Pacing
 from engine.profiling import StepProfiler
 from engine.prompt_reader import read_prompts
 from engine.sampling.sampler import Sampler
-from engine.scheduler import Batch, Chosen, KVAccounting, Scheduler
+from engine.scheduler import Batch, Chosen, Scheduler
 from engine.sequence import EngineStats, Sequence, SequenceOutput
 from engine.validation import check_sequence
 

@@ -11,75 +11,17 @@ prompt cut over several steps, a reused prefix or a preempted sequence that reco
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from engine.config import EngineConfig
 from engine.errors import ContextLengthExceeded, InvalidValue, QueueTimeout
-from engine.kv.pool import StorageOp
+from engine.kv.accounting import KVAccounting
 from engine.pacing import Pacing
 from engine.sequence import FinishReason, Sequence, SequenceOutput, SequenceState, Source, TokenLogprobs
 
 AGEING_S = 5.0  # a sequence that has waited this long counts as one priority step more urgent
-
-
-class KVAccounting(Protocol):
-    """What the scheduler asks of KV memory; kv/manager.py (slots) and kv/states.py (models' own caches) answer."""
-
-    is_chunkable: bool
-
-    @property
-    def prefix_queries_total(self) -> int:
-        """Positions looked up for reuse."""
-
-    @property
-    def prefix_hits_total(self) -> int:
-        """Positions found."""
-
-    @property
-    def num_tokens_used(self) -> int:
-        """Token positions that hold something."""
-
-    @property
-    def num_tokens_allocated(self) -> int:
-        """Token positions that memory is taken for."""
-
-    def can_ever_hold(self, num_tokens: int) -> bool:
-        """Whether a sequence of `num_tokens` fits when it is alone."""
-
-    def can_ever_encode(self, source: Source | None) -> bool:
-        """Whether an encoder output of this size fits when it is alone; without encoder, whether there is none."""
-
-    def num_to_encode(self, sequence: Sequence) -> int:
-        """Encoder positions that must be computed before a waiting sequence can run."""
-
-    def is_being_computed(self, sequence: Sequence) -> bool:
-        """Whether waiting a little spares this sequence a good deal of computing, because another is at it."""
-
-    def admit(self, sequence: Sequence) -> bool:
-        """Take memory for a waiting sequence and set what of it is already computed; False when there is no room."""
-
-    def ensure(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Take memory for a running sequence's first `num_tokens`; False when there is no room."""
-
-    def commit(self, sequence: Sequence) -> None:
-        """Note that the sequence's num_computed_tokens are in memory."""
-
-    def free(self, sequence: Sequence, *, can_keep: bool) -> None:
-        """Take a sequence's memory back; it may stay for its prefix when `can_keep`."""
-
-    def take_ops(self) -> Iterable[StorageOp]:
-        """What storage must do before the next forward."""
-
-    def give_back(self, max_kept_tokens: int) -> None:
-        """Free memory that no running sequence needs."""
-
-    def remake(self) -> Iterable[StorageOp]:
-        """Forget everything kept, after storage was lost; what it must make again."""
-
-    def check_integrity(self) -> None:
-        """Raise AssertionError when the accounts do not add up."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ ALLOWED = {
 }  # fmt: skip
 NO_TORCH = ("engine/errors.py", "engine/config.py", "engine/sequence.py", "engine/scheduler.py")
 NO_TORCH_KV = (
+    "engine/kv/accounting.py",
     "engine/kv/pool.py",
     "engine/kv/prefix.py",
     "engine/kv/manager.py",

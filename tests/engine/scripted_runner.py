@@ -15,13 +15,14 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.engine import Engine, Lane
+from engine.kv.accounting import KVAccounting
 from engine.kv.cross import CrossManager
 from engine.kv.encoder_decoder import EncoderDecoderKV
 from engine.kv.manager import KVManager
 from engine.kv.pool import SlotPool, StorageOp, size_classes
 from engine.model.runner import StepLogits
 from engine.sampling.sampler import Sampler
-from engine.scheduler import Batch, KVAccounting
+from engine.scheduler import Batch
 from engine.sequence import Sequence
 from tests import zoo
 
