@@ -18,12 +18,19 @@ from torch import Tensor
 from engine.sampling.candidates import rank_tokens, top_tokens
 from engine.sampling.draw import draw_dense, draw_sparse, running_sum
 from engine.sequence import SamplingParams
+from engine.transfer import upload
 
 NUM_CANDIDATES = 64
 """How many of the best tokens every filtered row looks at."""
 
+NUM_CANDIDATES_DEFERRED = 256
+"""The same where ranking a row whole is put off, which costs more than a few candidates too many."""
+
 NUM_RANKED = 4096
 """How many a row looks at next, alone, before all."""
+
+UNDECIDED = -2
+"""In the place of a token id: the row must be ranked whole, which was put off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +65,12 @@ class FilterRows:
     ) -> FilterRows:
         """Gather the parameters of rows `index`; one transfer for the integers, one for the floats."""
         top_k = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
-        integers = torch.tensor([list(index), top_k], dtype=torch.int64).to(device)
-        floats = torch.tensor(
+        integers = upload([list(index), top_k], torch.int64, device)
+        floats = upload(
             [[p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params], list(uniforms)],
-            dtype=torch.float64,
-        ).to(device)
+            torch.float64,
+            device,
+        )
         return cls(
             index=integers[0],
             top_k=integers[1][:, None],
@@ -138,7 +146,14 @@ def _kept_weights(values: Tensor, rows: FilterRows, full_mass: Tensor | None, vo
     return weights * is_kept, is_complete[:, 0]
 
 
-def sample_filtered(logits: Tensor, maxima: Tensor, rows: FilterRows, vocab_size: int, scratch: Tensor) -> Tensor:
+def is_decided_by(num_candidates: int, params: SamplingParams, vocab_size: int) -> bool:
+    """Whether that many of the best tokens are sure to be enough for a row of these parameters."""
+    return num_candidates >= vocab_size or 0 < params.top_k <= num_candidates
+
+
+def sample_filtered(
+    logits: Tensor, maxima: Tensor, rows: FilterRows, vocab_size: int, scratch: Tensor, *, is_deferring: bool = False
+) -> Tensor:
     """Draw from rows that have top_k, top_p or min_p.
 
     Args:
@@ -147,11 +162,13 @@ def sample_filtered(logits: Tensor, maxima: Tensor, rows: FilterRows, vocab_size
         rows: which rows, and their parameters.
         vocab_size: V <= Vp.
         scratch: [>= S, Vp] float32, overwritten.
+        is_deferring: whether a row that must be ranked whole is left UNDECIDED: to know it the host would have to wait.
 
     Returns:
         [S, 1] int64 token ids.
     """
-    count = min(NUM_CANDIDATES, vocab_size)
+    # A constant, never what the neighbours need: a row's bits depend on how many weights are summed.
+    count = min(NUM_CANDIDATES_DEFERRED if is_deferring else NUM_CANDIDATES, vocab_size)
     values, token_ids = top_tokens(logits, maxima, rows.index, count)
     full_mass = None
     if rows.has_open_top_p and count < vocab_size:
@@ -160,6 +177,8 @@ def sample_filtered(logits: Tensor, maxima: Tensor, rows: FilterRows, vocab_size
         full_mass = probabilities.gather(1, token_ids[:, :1]).double().reciprocal()
     weights, is_complete = _kept_weights(values, rows, full_mass, vocab_size)
     drawn = draw_sparse(weights, token_ids, rows.uniforms)
+    if is_deferring:
+        return torch.where(is_complete[:, None], drawn, UNDECIDED)
     for i in (~is_complete).nonzero()[:, 0].tolist():
         mass = None if full_mass is None else full_mass[i : i + 1]
         drawn[i] = _sample_ranked(logits[rows.index[i], :vocab_size], rows.row(i), mass, scratch)

@@ -21,6 +21,27 @@ FLOOR = -9999.0
 
 
 @dataclass(frozen=True, slots=True)
+class TokenValues:
+    """The answers for some chosen tokens, where the logits are.
+
+    Args:
+        values: [S, 1 + K] float64, the chosen token's log-probability and those of the likeliest.
+        top_ids: [S, K] int64, the likeliest tokens' ids.
+    """
+
+    values: Tensor
+    top_ids: Tensor
+
+    @staticmethod
+    def entries(values: Rows[Rows[float]], top_ids: Rows[Rows[int]], num_top: Rows[int]) -> list[TokenLogprobs]:
+        """Return the answers from numbers that have been read: `num_top` alternatives of each row."""
+        return [
+            TokenLogprobs(row[0], tuple(zip(ids[:k], row[1 : k + 1], strict=True)))
+            for row, ids, k in zip(values, top_ids, num_top, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
 class RawLogprobs:
     """What is kept of some rows' logits, raw or under their token rules, to answer once their tokens are chosen.
 
@@ -48,23 +69,13 @@ class RawLogprobs:
         values, top_ids = top_tokens(logits, maxima, index, num_top)
         return cls(index, log_sum_exp, (values.double() - log_sum_exp).clamp_(min=FLOOR), top_ids)
 
-    def of_tokens(self, logits: Tensor, token_ids: Tensor, num_top: Rows[int]) -> list[TokenLogprobs]:
+    def of_tokens(self, logits: Tensor, token_ids: Tensor) -> TokenValues:
         """Return the logprobs of the chosen tokens.
 
         Args:
             logits: [R, V] any float dtype, the raw logits again: what rules forbid is never chosen.
             token_ids: [S, 1] int64, the chosen token of each row of `index`.
-            num_top: how many alternatives each of the S rows wants, each at most K.
-
-        Returns:
-            S entries.
         """
         raw = logits[self.index, token_ids[:, 0]][:, None]
         chosen = (raw.double() - self.log_sum_exp).clamp_(min=FLOOR)
-        # One transfer for all the values, one for the ids.
-        values: list[list[float]] = torch.cat([chosen, self.top], 1).tolist()
-        top_ids: list[list[int]] = self.top_ids.tolist()
-        return [
-            TokenLogprobs(row[0], tuple(zip(ids[:k], row[1 : k + 1], strict=True)))
-            for row, ids, k in zip(values, top_ids, num_top, strict=True)
-        ]
+        return TokenValues(torch.cat([chosen, self.top], 1), self.top_ids)

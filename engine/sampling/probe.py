@@ -12,6 +12,8 @@ from collections.abc import Sequence as Rows
 import torch
 from torch import Tensor
 
+from engine.transfer import upload
+
 
 def probabilities(logits: Tensor, rows: Rows[int], token_ids: Rows[Rows[int]]) -> list[tuple[float, ...] | None]:
     """Return the softmax of some rows of raw logits at some tokens.
@@ -28,7 +30,7 @@ def probabilities(logits: Tensor, rows: Rows[int], token_ids: Rows[Rows[int]]) -
     if not rows:
         return []
     # Row by row, so that no more than one is held in float32; one transfer for all that was asked.
-    index = [torch.tensor(ids, dtype=torch.int64).to(logits.device) for ids in token_ids]
+    index = [upload(ids, torch.int64, logits.device) for ids in token_ids]
     asked = [logits[row].float().softmax(-1)[ids] for row, ids in zip(rows, index, strict=True)]
     values = iter(torch.cat(asked).tolist())
     told = [tuple(next(values) for _ in ids) for ids in token_ids]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from engine.errors import InvalidValue
 from engine.sequence import SamplingParams, Sequence
+from engine.transfer import upload
 
 
 def has_penalty(params: SamplingParams) -> bool:
@@ -137,7 +138,7 @@ class LogitsProcessors:
                 positions.append(row * width + token_id)
                 values.append(bias)
         flat = logits.view(-1)
-        flat.index_add_(0, _to(positions, torch.int64, flat), _to(values, torch.float32, flat))
+        flat.index_add_(0, upload(positions, torch.int64, flat.device), upload(values, torch.float32, flat.device))
 
     def _penalise(self, logits: Tensor, rows: Rows[tuple[int, Sequence]]) -> None:
         width = logits.shape[1]
@@ -147,12 +148,11 @@ class LogitsProcessors:
             return
         flat = logits.view(-1)
         offsets = np.repeat(np.array([row * width for row, _ in rows], dtype=np.int64), sizes)
-        positions = torch.from_numpy(np.concatenate([s.token_ids for s in seen]) + offsets).to(flat.device)
-        counts = torch.from_numpy(np.concatenate([s.counts for s in seen])).to(flat.device)
+        positions = upload(np.concatenate([s.token_ids for s in seen]) + offsets, torch.int64, flat.device)
+        counts = upload(np.concatenate([s.counts for s in seen]), torch.float32, flat.device)
         params = [s.params for _, s in rows]
         by_row = np.array([(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in params], np.float32)
-        by_token = np.repeat(by_row, sizes, axis=0).T.copy()
-        repetition, frequency, presence = torch.from_numpy(by_token).to(flat.device)
+        repetition, frequency, presence = upload(np.repeat(by_row, sizes, axis=0).T, torch.float32, flat.device)
         values = flat.gather(0, positions)
         values = torch.where(values < 0, values * repetition, values / repetition)
         values -= counts * frequency + (counts > 0) * presence
@@ -174,11 +174,7 @@ class LogitsProcessors:
             if 0 <= token_id < self._vocab_size
         ]
         flat = logits.view(-1)
-        flat.index_fill_(0, _to(positions, torch.int64, flat), float("-inf"))
+        flat.index_fill_(0, upload(positions, torch.int64, flat.device), float("-inf"))
 
     def _ending_ids(self, params: SamplingParams) -> Collection[int]:
         return params.stop_token_ids if params.ignore_eos else self._eos_token_ids | params.stop_token_ids
-
-
-def _to(values: Rows[int] | Rows[float], dtype: torch.dtype, like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=dtype).to(like.device)

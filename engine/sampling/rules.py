@@ -17,7 +17,8 @@ from torch import Tensor
 
 from engine.sampling.candidates import block_maxima
 from engine.sampling.timestamps import TimestampGrammar
-from engine.sequence import Sequence, TokenRules
+from engine.sequence import Sequence, TimestampRules, TokenRules
+from engine.transfer import upload
 from engine.validation import check_rules
 
 MAX_KEPT = 256
@@ -48,9 +49,11 @@ class RuleBook:
         vocab_size: V.
         width: Vp, of the padded logits.
         device: where they are.
+        is_deferring: whether reading from the device would make the host wait.
     """
 
-    def __init__(self, vocab_size: int, width: int, device: torch.device) -> None:
+    def __init__(self, vocab_size: int, width: int, device: torch.device, *, is_deferring: bool = False) -> None:
+        self._is_deferring = is_deferring
         self._vocab_size = vocab_size
         self._width = width
         self._device = device
@@ -118,9 +121,12 @@ class RuleBook:
                 forbidden=self._to(sorted(forbidden)),
                 forbidden_first=self._to(sorted(forbidden | {*rules.suppressed_first})),
                 allowed=None if rules.allowed is None else self._to(sorted({*rules.allowed})),
-                grammar=None if times is None else TimestampGrammar(times, self._width, self._device),
+                grammar=None if times is None else self._grammar(times),
             )
         return indices
 
+    def _grammar(self, times: TimestampRules) -> TimestampGrammar:
+        return TimestampGrammar(times, self._width, self._device, is_deferring=self._is_deferring)
+
     def _to(self, values: Collection[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self._device)
+        return upload(list(values), torch.int64, self._device)

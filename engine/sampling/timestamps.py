@@ -19,6 +19,7 @@ from torch import Tensor
 from engine.sampling.candidates import block_maxima
 from engine.sampling.draw import BLOCK
 from engine.sequence import TimestampRules
+from engine.transfer import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,20 @@ def choice_after(output_token_ids: Rows[int], rules: TimestampRules, stop: int) 
     return Choice(rules.end_of_text_id, last, stop)  # the end of a segment: its pair begins the next, or nothing does
 
 
+def forbid_read(logits: Tensor, index: Tensor, is_forbidden: Tensor) -> None:
+    """Set those of the rows `index` [S] of `logits` [R, N] to -inf that `is_forbidden` [S, 1] says, and touch no other.
+
+    Which they are must be read first: on the CPU that costs nothing.
+    """
+    logits.index_fill_(0, index[is_forbidden[:, 0]], float("-inf"))
+
+
+def forbid_unread(logits: Tensor, index: Tensor, is_forbidden: Tensor) -> None:
+    """The same without reading which: all of the rows are written, and a NaN would stay one."""
+    minus_infinity = torch.where(is_forbidden, float("-inf"), 0.0)
+    logits.index_add_(0, index, minus_infinity.expand(-1, logits.shape[1]))
+
+
 class TimestampGrammar:
     """One TimestampRules over logits of one width.
 
@@ -58,10 +73,12 @@ class TimestampGrammar:
         rules: whose ids are in the vocabulary, the end of the text before the timestamps.
         width: Vp, of the padded logits.
         device: where they are.
+        is_deferring: whether reading from the device would make the host wait.
     """
 
-    def __init__(self, rules: TimestampRules, width: int, device: torch.device) -> None:
+    def __init__(self, rules: TimestampRules, width: int, device: torch.device, *, is_deferring: bool) -> None:
         self._rules = rules
+        self._forbid = forbid_unread if is_deferring else forbid_read
         self._width = width
         self._num_body_blocks = rules.end_of_text_id // BLOCK
         self._tail = self._num_body_blocks * BLOCK
@@ -77,7 +94,7 @@ class TimestampGrammar:
             histories: the output tokens of those S rows.
         """
         choices = [choice_after(history, self._rules, self._width) for history in histories]
-        bounds = torch.tensor([[c.text_from, c.first, c.stop] for c in choices], dtype=torch.int64).to(logits.device)
+        bounds = upload([[c.text_from, c.first, c.stop] for c in choices], torch.int64, logits.device)
         text_from, first, stop = bounds[:, :, None].unbind(1)  # [S, 1] each
         times = self._rules.first_id
         ids = self._tail_ids
@@ -98,9 +115,8 @@ class TimestampGrammar:
         logits[:, self._tail :].index_copy_(0, index, tail)
         maxima[:, self._num_body_blocks :].index_copy_(0, index, block_maxima(tail))
         is_without_text = is_time | (is_textless & (body < float("inf")))
-        without_text = index[is_without_text[:, 0]]
-        logits[:, : self._tail].index_fill_(0, without_text, float("-inf"))
-        maxima[:, : self._num_body_blocks].index_fill_(0, without_text, float("-inf"))
+        self._forbid(logits[:, : self._tail], index, is_without_text)
+        self._forbid(maxima[:, : self._num_body_blocks], index, is_without_text)
 
     def _largest_of_body(self, maxima: Tensor, index: Tensor) -> Tensor:
         """The largest logit before the tail: [S, 1], NaN where there is one."""

@@ -107,6 +107,9 @@ def ruled(logits: Tensor, rows: list[Sequence]) -> Tensor:
     maxima = RuleBook(logits.shape[1], x.shape[1], torch.device("cpu")).apply(x, rows)
     assert torch.equal(maxima, block_maxima(x))
     assert torch.all(x[:, logits.shape[1] :] == -math.inf)
+    unread = padded(logits)
+    RuleBook(logits.shape[1], x.shape[1], torch.device("cpu"), is_deferring=True).apply(unread, rows)
+    torch.testing.assert_close(unread, x, rtol=0, atol=0, equal_nan=True)
     return x[:, : logits.shape[1]]
 
 
