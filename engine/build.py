@@ -43,7 +43,9 @@ def build_engine(loaded: LoadedModel, config: EngineConfig, progress: Progress) 
         ValueError: the KV budget holds not even one token, or not the static cache that was asked for.
     """
     progress("checking how this model can be batched", None)
-    sampler = Sampler(loaded.vocab_size, loaded.eos_token_ids, loaded.device)
+    sampler = Sampler(
+        loaded.vocab_size, loaded.eos_token_ids, loaded.device, is_deferring=True if config.is_overlapped else None
+    )
     if loaded.family == "decoder":
         choice = choose_lane(loaded.model, loaded.device)
         logger.info("lane %s: %s", choice.lane, choice.reason)

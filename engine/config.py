@@ -41,6 +41,8 @@ class EngineConfig:
         eos_token_ids: tokens that end a sequence unless it ignores EOS.
         profile_directory: where a few steps' traces go (--torch-profiling); None for no profiling.
         compile: how decode steps are compiled (--torch-compile); None for not at all.
+        is_overlapped: whether a decode step is launched before the tokens of the last one are read. Where the host is
+            the device that gains nothing.
     """
 
     max_num_seqs: int
@@ -53,3 +55,4 @@ class EngineConfig:
     eos_token_ids: frozenset[int] = frozenset()
     profile_directory: Path | None = None
     compile: CompileConfig | None = None
+    is_overlapped: bool = False

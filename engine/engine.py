@@ -1,4 +1,4 @@
-"""The step: schedule, forward, sample, commit; and what happens to a step that fails.
+"""The step: schedule, launch, land, commit; and what happens to a step that fails.
 
 Knows nothing of text, HTTP or asyncio; runs on one thread, the engine thread, that model_manager owns.
 Built by engine/build.py from a loaded model; driven through add, abort and step.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +17,14 @@ import torch
 from engine.compile.steps import CompiledSteps
 from engine.config import EngineConfig
 from engine.errors import ServerError, StepFailed
+from engine.flight import Flight, Landing, take_off
 from engine.kv.accounting import KVAccounting
-from engine.model.runner import Runner, StepLogits
+from engine.model.runner import Runner
 from engine.pacing import Pacing
+from engine.pipeline import Pipeline
 from engine.profiling import StepProfiler
-from engine.prompt_reader import read_prompts
 from engine.sampling.sampler import Sampler
-from engine.scheduler import Batch, Chosen, Scheduler
+from engine.scheduler import Batch, Scheduler
 from engine.sequence import EngineStats, Sequence, SequenceOutput
 from engine.validation import check_sequence
 
@@ -72,6 +73,14 @@ class Engine:
         self.profiler = None if config.profile_directory is None else StepProfiler(config.profile_directory)
         self.pacing = Pacing()
         self.scheduler = Scheduler(config, kv, self.pacing)
+        self.pipeline = Pipeline(
+            is_on=config.is_overlapped and runner.can_run_ahead,
+            scheduler=self.scheduler,
+            kv=kv,
+            max_model_len=config.max_model_len,
+        )
+        self._flight: Flight | None = None  # launched before the tokens of the step before it were read
+        self._landed_s = 0.0  # when the last step did
         self._steps_total = 0
         self._step_tokens_total = 0
         self._last_step_tokens = 0
@@ -94,7 +103,7 @@ class Engine:
     def has_work(self) -> bool:
         """Whether step() has anything to do."""
         has_sequences = bool(self.scheduler.waiting or self.scheduler.running)
-        return has_sequences or (self.compiled is not None and self.compiled.has_work())
+        return has_sequences or self._flight is not None or (self.compiled is not None and self.compiled.has_work())
 
     def wake_with(self, wake: Callable[[], None]) -> None:
         """Call `wake`, on any thread, when has_work becomes true by itself."""
@@ -109,23 +118,12 @@ class Engine:
         """
         if self.compiled is not None:
             self.compiled.advance()
-        started = time.perf_counter()
         outputs = self.scheduler.expire()
-        batch = self.scheduler.schedule()
-        for sequence in batch.preempted:
-            self.runner.forget(sequence)
-        try:
-            self.runner.apply(self.kv.take_ops())
-        except Exception as failure:  # storage and accounting no longer agree: nothing that is in KV can be trusted
-            return outputs + self._fail_everything(failure)
-        if not batch.items:
-            return outputs
-        try:
-            with nullcontext() if self.profiler is None else self.profiler.step(batch.kind):
-                outputs += self._compute(batch)
-        except Exception as failure:
-            outputs += self._fail(batch, failure)
-        self._observe(batch, time.perf_counter() - started)
+        batch = self.scheduler.schedule() if self._flight is None else self._flight.batch
+        with self._profiled(batch):
+            flight = self._flight or self._launch(batch)
+            self._flight = self._launch_after(flight)
+            outputs += self._land(flight)
         return outputs
 
     def stats(self) -> EngineStats:
@@ -161,6 +159,9 @@ class Engine:
 
     def close(self) -> None:
         """Drop every sequence and all KV."""
+        if self._flight is not None:
+            self._ground(self._flight)
+            self._flight = None
         for sequence in [*self.scheduler.waiting, *self.scheduler.running]:
             self.scheduler.finish(sequence, can_keep=False)
             self._forget(sequence)
@@ -168,44 +169,65 @@ class Engine:
         if self.compiled is not None:
             self.compiled.close()
 
-    def _compute(self, batch: Batch) -> list[SequenceOutput]:
-        result = self.runner.forward(batch)
-        chosen, errors = self._sample(result)
-        failed = [self._fail_one(item.sequence, errors[item.sequence.sequence_id])
-                  for item in result.items if item.sequence.sequence_id in errors]  # fmt: skip
-        good = tuple(item for item in result.items if item.sequence.sequence_id not in errors)
-        outputs = self.scheduler.commit(Batch(good), chosen)
+    def _profiled(self, batch: Batch) -> AbstractContextManager[None]:
+        return nullcontext() if self.profiler is None or not batch.items else self.profiler.step(batch.kind)
+
+    def _launch(self, batch: Batch, after: Flight | None = None) -> Flight:
+        """Have a batch computed; a failure is kept until the flight is to land."""
+        for sequence in batch.preempted:
+            self.runner.forget(sequence)
+        self.scheduler.launched(batch)
+        flight = Flight(batch, time.perf_counter())
+        try:
+            self.runner.apply(self.kv.take_ops())
+        except Exception as failure:  # storage and accounting no longer agree: nothing that is in KV can be trusted
+            flight.failure, flight.has_lost_storage = failure, True
+            return flight
+        if batch.items:
+            try:
+                take_off(flight, self.runner, self.sampler, after)
+            except Exception as failure:
+                flight.failure = failure
+        return flight
+
+    def _launch_after(self, flight: Flight) -> Flight | None:
+        """The step after one that has not landed, where it can be known."""
+        batch = None if flight.failure is not None else self.pipeline.next_batch(flight.live_items)
+        return None if batch is None else self._launch(batch, after=flight)
+
+    def _land(self, flight: Flight) -> list[SequenceOutput]:
+        """Wait for a step and commit it; what each of its sequences gained."""
+        try:
+            landing = flight.collect()
+        except Exception as failure:
+            self._ground(flight)
+            return self._fail_everything(failure) if flight.has_lost_storage else self._fail(flight.batch, failure)
+        for item in flight.batch.items:
+            self.scheduler.landed(item.sequence, is_sound=item.sequence.sequence_id not in landing.errors)
+        if landing.revised and self._flight is not None:
+            self._flight.for_nothing = landing.revised
+            self.pipeline.pause()
+        outputs = self._commit(flight, landing)
+        self._observe(flight)
+        return outputs
+
+    def _commit(self, flight: Flight, landing: Landing) -> list[SequenceOutput]:
+        """Advance those whose row was computed for something; some ended or were aborted after the launch."""
+        items = [i for i in landing.items
+                 if not i.sequence.is_finished and i.sequence.sequence_id not in flight.for_nothing]  # fmt: skip
+        failed = [self._fail_one(item.sequence, landing.errors[item.sequence.sequence_id])
+                  for item in items if item.sequence.sequence_id in landing.errors]  # fmt: skip
+        good = tuple(item for item in items if not item.sequence.is_finished)
+        outputs = self.scheduler.commit(Batch(good), landing.chosen)
         for item in good:
             if item.sequence.is_finished:
                 self._forget(item.sequence)
         return outputs + failed
 
-    def _sample(self, result: StepLogits) -> tuple[dict[int, Chosen], dict[int, ServerError]]:
-        """Choose a token for each sequence whose last known token was computed; errors by sequence id."""
-        errors = read_prompts(result.items, result.logits, self.sampler)
-        rows: list[int] = []
-        sequences: list[Sequence] = []
-        first = 0
-        for item in result.items:
-            last = first + item.num_logits
-            if item.is_sampling and item.sequence.params.max_tokens > 0:
-                rows.append(last - 1)
-                sequences.append(item.sequence)
-            first = last
-        if not rows:
-            return {}, errors
-        logits = result.logits
-        if rows != list(range(logits.shape[0])):
-            logits = logits[torch.tensor(rows, device=logits.device)]
-        sampled = self.sampler.sample(logits, sequences)
-        chosen: dict[int, Chosen] = {}
-        for row, sequence in enumerate(sequences):
-            error = sampled.errors[row]
-            if error is not None:
-                errors[sequence.sequence_id] = error
-            else:
-                chosen[sequence.sequence_id] = Chosen(sampled.token_ids[row], sampled.logprobs[row])
-        return chosen, errors
+    def _ground(self, flight: Flight) -> None:
+        """Note that a step will never land."""
+        for item in flight.batch.items:
+            self.scheduler.landed(item.sequence, is_sound=False)
 
     def _fail_one(self, sequence: Sequence, error: ServerError) -> SequenceOutput:
         # Its KV may hold the NaN that made it fail: never shared.
@@ -214,12 +236,14 @@ class Engine:
         return SequenceOutput(sequence.sequence_id, error=error)
 
     def _fail(self, batch: Batch, failure: Exception) -> list[SequenceOutput]:
-        logger.exception("a step of %d sequences failed; they are answered with an error", len(batch.items))
+        logger.error(
+            "a step of %d sequences failed; they are answered with an error", len(batch.items), exc_info=failure
+        )
         error = StepFailed(f"the engine step that held this request failed: {type(failure).__name__}")
         return [self._fail_one(i.sequence, error) for i in batch.items if not i.sequence.is_finished]
 
     def _fail_everything(self, failure: Exception) -> list[SequenceOutput]:
-        logger.exception("KV storage failed; every running sequence is answered with an error")
+        logger.error("KV storage failed; every running sequence is answered with an error", exc_info=failure)
         error = StepFailed(f"the engine lost its KV storage: {type(failure).__name__}")
         outputs = [self._fail_one(sequence, error) for sequence in list(self.scheduler.running)]
         self.runner.reset()
@@ -230,10 +254,17 @@ class Engine:
         self.runner.forget(sequence)
         self.sampler.forget(sequence.sequence_id)
 
-    def _observe(self, batch: Batch, duration_s: float) -> None:
+    def _observe(self, flight: Flight) -> None:
+        batch = flight.batch
+        if not batch.items:
+            return
+        # A step that was launched while another ran begins when that one ends.
+        started_s, self._landed_s = max(flight.started_s, self._landed_s), time.perf_counter()
         num_streams = sum(1 for item in batch.items if item.num_tokens == 1)
         num_prompt_tokens = batch.num_tokens - num_streams + batch.num_to_encode
-        self.pacing.observe(num_streams=num_streams, num_prompt_tokens=num_prompt_tokens, duration_s=duration_s)
+        self.pacing.observe(
+            num_streams=num_streams, num_prompt_tokens=num_prompt_tokens, duration_s=self._landed_s - started_s
+        )
         self._steps_total += 1
         self._step_tokens_total += batch.num_tokens
         self._last_step_tokens = batch.num_tokens

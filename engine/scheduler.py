@@ -40,8 +40,16 @@ class ScheduledSequence:
 
     @property
     def is_sampling(self) -> bool:
-        """Whether this step computes the sequence's last known token, so that the next one can be chosen."""
-        return self.stop == self.sequence.num_tokens
+        """Whether this step computes the sequence's last token, so that the next one can be chosen.
+
+        That is the last known one, or the one after it where the step was launched before that was known.
+        """
+        return self.stop >= self.sequence.num_tokens
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Its tokens; 0 for one that is not known yet."""
+        return self.sequence.token_slice(self.start, self.stop) or [0]
 
     def holds(self, position: int) -> bool:
         """Whether the token at `position` of the sequence is computed here."""
@@ -102,6 +110,8 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of admission
         self.preemptions_total = 0
         self._preempted: list[Sequence] = []
+        # Finished sequences that are in flight, by id, and whether their KV can be kept.
+        self._leaving: dict[int, bool] = {}
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence.
@@ -161,7 +171,27 @@ class Scheduler:
         queue = self.waiting if sequence.state is SequenceState.WAITING else self.running
         queue.remove(sequence)
         sequence.state = SequenceState.FINISHED
-        self.kv.free(sequence, can_keep=can_keep)
+        if sequence.num_in_flight:
+            # A step that was launched still writes to its memory: nobody else gets it before that has landed.
+            self._leaving[sequence.sequence_id] = can_keep
+        else:
+            self.kv.free(sequence, can_keep=can_keep)
+
+    def launched(self, batch: Batch) -> None:
+        """Note that a step is being computed."""
+        for item in batch.items:
+            item.sequence.num_in_flight += 1
+
+    def landed(self, sequence: Sequence, *, is_sound: bool) -> None:
+        """Note that a step of a sequence was computed; `is_sound` False when what it wrote to KV may be wrong."""
+        sequence.num_in_flight -= 1
+        can_keep = self._leaving.pop(sequence.sequence_id, None)
+        if can_keep is None:
+            return
+        if sequence.num_in_flight:
+            self._leaving[sequence.sequence_id] = can_keep and is_sound
+        else:
+            self.kv.free(sequence, can_keep=can_keep and is_sound)
 
     def expire(self) -> list[SequenceOutput]:
         """Answer those that waited past their deadline."""

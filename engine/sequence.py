@@ -128,6 +128,16 @@ class SamplingParams:
     probe: PromptProbe | None = None
     is_aligning: bool = False
 
+    @property
+    def has_penalty(self) -> bool:
+        """Whether any of the three penalties is on."""
+        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether which tokens were chosen so far, and not only how many, decides how the next one is chosen."""
+        return self.has_penalty or self.token_rules is not None
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
@@ -215,6 +225,7 @@ class Sequence:
     num_cached_tokens: int = 0
     scheduled_time_s: float | None = None
     num_preemptions: int = 0
+    num_in_flight: int = 0  # steps that were launched with it and have not landed
     # What was read of the prompt, until the first output tells it.
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     probed: tuple[float, ...] | None = None

@@ -290,6 +290,7 @@ def _engine_config(settings: Settings, loaded: LoadedModel, device: str) -> Engi
         eos_token_ids=loaded.eos_token_ids,
         profile_directory=_profile_directory() if settings.torch_profiling else None,
         compile=_compile_config(settings, device) if settings.torch_compile else None,
+        is_overlapped=loaded.device.type == "cuda",
     )
 
 

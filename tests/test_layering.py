@@ -43,6 +43,7 @@ NO_TORCH_KV = (
     "engine/kv/paged_pool.py",
     "engine/kv/paged_manager.py",
     "engine/pacing.py",
+    "engine/pipeline.py",
 )
 # What engine/ must not know of at all.
 NOT_IN_ENGINE = {"fastapi", "starlette", "pydantic", "tokenizers", "uvicorn", "sse_starlette", "asyncio"}

@@ -52,6 +52,9 @@ class KVAccounting(Protocol):
     def ensure(self, sequence: Sequence, num_tokens: int) -> bool:
         """Take memory for a running sequence's first `num_tokens`; False when there is no room."""
 
+    def extend(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Like ensure, while a step that writes to the sequence's memory is in flight: only where nothing is moved."""
+
     def commit(self, sequence: Sequence) -> None:
         """Note that the sequence's num_computed_tokens are in memory."""
 

@@ -82,6 +82,10 @@ class EncoderDecoderKV:
         """Take memory for a running sequence's first `num_tokens`; False when there is no room."""
         return self.own.ensure(sequence, num_tokens)
 
+    def extend(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Like ensure, only where nothing is moved."""
+        return self.own.extend(sequence, num_tokens)
+
     def commit(self, sequence: Sequence) -> None:
         """Note that the sequence's num_computed_tokens are in memory."""
         self.own.commit(sequence)

@@ -142,6 +142,10 @@ class KVManager:
         holding.slot = slot
         return True
 
+    def extend(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Whether a running sequence's slot has room already: a move would leave behind what is in flight."""
+        return num_tokens <= self._held[sequence.sequence_id].slot.capacity
+
     def commit(self, sequence: Sequence) -> None:
         """Note that the sequence's first num_computed_tokens tokens are now in its slot."""
         holding = self._held[sequence.sequence_id]

@@ -145,6 +145,10 @@ class PagedManager:
         holding.append(blocks)
         return True
 
+    def extend(self, sequence: Sequence, num_tokens: int) -> bool:
+        """As ensure: blocks are added, and those that a step in flight writes to stay the sequence's own."""
+        return self.ensure(sequence, num_tokens)
+
     def commit(self, sequence: Sequence) -> None:
         """Note that the sequence's first num_computed_tokens tokens are now in its blocks."""
         holding = self._held[sequence.sequence_id]

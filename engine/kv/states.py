@@ -90,6 +90,10 @@ class StateManager:
             self._tokens[sequence.sequence_id] = num_tokens
         return True
 
+    def extend(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Never: these caches are stepped one after the other, by tokens that the host knows."""
+        return False
+
     def commit(self, sequence: Sequence) -> None:
         """Nothing to publish: these caches are never shared."""
 

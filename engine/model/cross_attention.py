@@ -19,6 +19,7 @@ from engine.kv.pool import Slot
 from engine.kv.slots import Arena, SlotStorage
 from engine.model.inputs import MAX_PADDING, FlatInputs
 from engine.sequence import Sequence
+from engine.transfer import upload
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -112,13 +113,15 @@ def _group(arena: Arena, found: list[tuple[int, Slot, int]], device: torch.devic
     is_alike = len(length_of) == num_slots and min(lengths) == max_length
     mask = None
     if not is_alike:
-        all_lengths = torch.tensor([length_of.get(slot, 1) for slot in range(num_slots)], device=device)
+        all_lengths = upload([length_of.get(slot, 1) for slot in range(num_slots)], torch.int64, device)
         mask = (torch.arange(max_length, device=device) < all_lengths[:, None])[:, None, None, :]
     return CrossGroup(
         arena=arena,
-        rows=torch.tensor(rows, device=device),
-        places=torch.tensor(
-            [slot * rows_per_slot + number for slot, number in zip(slots, number_in_slot, strict=True)], device=device
+        rows=upload(rows, torch.int64, device),
+        places=upload(
+            [slot * rows_per_slot + number for slot, number in zip(slots, number_in_slot, strict=True)],
+            torch.int64,
+            device,
         ),
         slots=slots,
         lengths=lengths,

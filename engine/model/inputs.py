@@ -16,6 +16,7 @@ from engine.kv.slots import Arena, SlotStorage
 from engine.model.relative_bias import chunk_bias, decode_bias
 from engine.scheduler import Batch, ScheduledSequence
 from engine.sequence import Sequence
+from engine.transfer import upload
 
 MAX_PADDING = 1.3  # padded work over real work up to which one call for all rows beats one call a row
 
@@ -160,7 +161,7 @@ def build_inputs(
     chunks: list[Chunk] = []
     for item in items:
         first, stop = len(token_ids), item.start + item.num_tokens
-        token_ids.extend(item.sequence.token_slice(item.start, stop))
+        token_ids.extend(item.token_ids)
         positions.extend(range(item.start, stop))
         last = len(token_ids)
         logit_rows.extend(range(last - item.num_logits, last))
@@ -169,9 +170,9 @@ def build_inputs(
             chunks.append(Chunk(storage.arenas[slot.capacity], slot.index, first, last, item.start, device))
     return FlatInputs(
         items=items,
-        input_ids=torch.tensor([token_ids], dtype=torch.int64, device=device),
-        position_ids=torch.tensor([positions], dtype=torch.int64, device=device),
-        logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
+        input_ids=upload([token_ids], torch.int64, device),
+        position_ids=upload([positions], torch.int64, device),
+        logit_rows=upload(logit_rows, torch.int64, device),
         groups=_decode_groups(singles, slots, storage, device),
         chunks=tuple(chunks),
     )
@@ -204,13 +205,13 @@ def _decode_groups(
                 last=last,
                 slots=indices,
                 lengths=lengths,
-                slots_tensor=torch.tensor(indices, device=device),
-                positions=torch.tensor([length - 1 for length in lengths], device=device),
+                slots_tensor=upload(indices, torch.int64, device),
+                positions=upload([length - 1 for length in lengths], torch.int64, device),
                 is_padded=is_padded,
                 num_slots=num_slots,
                 max_length=max_length,
-                rows=None if num_slots == len(indices) else torch.tensor(indices, device=device),
-                lengths_tensor=torch.tensor(all_lengths, device=device),
+                rows=None if num_slots == len(indices) else upload(indices, torch.int64, device),
+                lengths_tensor=upload(all_lengths, torch.int64, device),
             )
         )
         first = last

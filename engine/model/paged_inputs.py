@@ -95,7 +95,7 @@ def build_paged_inputs(batch: Batch, table_of: Callable[[Sequence], array[int]],
     positions: list[Ids] = []
     slots: list[Ids] = []
     for item, table in zip(items, tables, strict=True):
-        token_ids.extend(item.sequence.token_slice(item.start, item.stop))
+        token_ids.extend(item.token_ids)
         logit_rows.extend(range(len(token_ids) - item.num_logits, len(token_ids)))
         own = np.arange(item.start, item.stop)
         positions.append(own)

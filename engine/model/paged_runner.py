@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from engine.kv.paged import PagedStorage
 from engine.kv.pool import CrossOp, StorageOp
+from engine.model.chosen_ids import ChosenIds
 from engine.model.paged_inputs import PagedInputs, build_paged_inputs
 from engine.model.paged_step import PagedStep
 from engine.model.runner import StepLogits, accepts
@@ -37,6 +39,7 @@ class PagedRunner:
     """
 
     name = "flat"
+    can_run_ahead = True
 
     def __init__(
         self,
@@ -57,13 +60,15 @@ class PagedRunner:
         """Resize storage as the accounting decided."""
         self.storage.apply(op for op in ops if not isinstance(op, CrossOp))
 
-    def forward(self, batch: Batch) -> StepLogits:
+    def forward(self, batch: Batch, chosen_ids: ChosenIds | None = None) -> StepLogits:
         """Compute a batch; the blocks of its sequences gain its tokens' K and V.
 
         Returns:
             Logits [R, V] in the model's dtype.
         """
         inputs = build_paged_inputs(batch, self.table_of, self.device)
+        if chosen_ids is not None:
+            inputs = replace(inputs, input_ids=chosen_ids.inputs_for(inputs.items))
         return StepLogits(inputs.items, self.run(inputs))
 
     def run(self, inputs: PagedInputs) -> torch.Tensor:

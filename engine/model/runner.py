@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 
 from engine.kv.pool import CrossOp, Slot, StorageOp
 from engine.kv.slots import SlotStorage
+from engine.model.chosen_ids import ChosenIds
 from engine.model.inputs import FlatInputs, build_inputs
 from engine.model.module_state import ModuleState
 from engine.model.step import FlatStep, flat_step
@@ -37,12 +38,13 @@ class Runner(Protocol):
     """What engine.py asks of a lane."""
 
     name: str
+    can_run_ahead: bool  # whether forward takes tokens that only the device knows
 
     def apply(self, ops: Iterable[StorageOp]) -> None:
         """Bring storage in line with the accounting."""
 
-    def forward(self, batch: Batch) -> StepLogits:
-        """Compute a batch's tokens."""
+    def forward(self, batch: Batch, chosen_ids: ChosenIds | None = None) -> StepLogits:
+        """Compute a batch's tokens; where each sequence's only one is not known yet, `chosen_ids` has it."""
 
     def forget(self, sequence: Sequence) -> None:
         """Drop what is kept for a sequence."""
@@ -97,6 +99,7 @@ class FlatRunner:
     """
 
     name = "flat"
+    can_run_ahead = True
 
     def __init__(
         self, model: Any, storage: SlotStorage, slot_of: Callable[[Sequence], Slot], device: torch.device
@@ -111,13 +114,15 @@ class FlatRunner:
         """Resize and copy storage as the accounting decided."""
         self.storage.apply(op for op in ops if not isinstance(op, CrossOp))
 
-    def forward(self, batch: Batch) -> StepLogits:
+    def forward(self, batch: Batch, chosen_ids: ChosenIds | None = None) -> StepLogits:
         """Compute a batch; the slots of its sequences gain its tokens' K and V.
 
         Returns:
             Logits [R, V] in the model's dtype.
         """
         inputs = build_inputs(batch, self.slot_of, self.storage, self.device)
+        if chosen_ids is not None:
+            inputs = replace(inputs, input_ids=chosen_ids.inputs_for(inputs.items))
         return StepLogits(inputs.items, self.run(inputs))
 
     def run(self, inputs: FlatInputs) -> torch.Tensor:
@@ -150,6 +155,7 @@ class SoloRunner:
     """
 
     name = "solo"
+    can_run_ahead = False
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self.model = model
@@ -163,12 +169,13 @@ class SoloRunner:
     def apply(self, ops: Iterable[StorageOp]) -> None:
         """Nothing: the model's cache grows by itself."""
 
-    def forward(self, batch: Batch) -> StepLogits:
-        """Compute a batch, item by item.
+    def forward(self, batch: Batch, chosen_ids: ChosenIds | None = None) -> StepLogits:
+        """Compute a batch, item by item; every token must be known.
 
         Returns:
             Logits [R, V] in the model's dtype.
         """
+        assert chosen_ids is None  # can_run_ahead says so
         return StepLogits(batch.items, torch.cat([self._advance(item) for item in batch.items]))
 
     def forget(self, sequence: Sequence) -> None:

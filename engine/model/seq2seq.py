@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Series
+from dataclasses import replace
 
 import torch
 
 from engine.kv.cross import CrossManager
 from engine.kv.pool import CrossOp, Slot, StorageOp
 from engine.kv.slots import SlotStorage
+from engine.model.chosen_ids import ChosenIds
 from engine.model.cross_attention import CrossStep, build_cross
 from engine.model.encoder import Encoder
 from engine.model.flat_decoder import FlatDecoder
@@ -42,6 +44,7 @@ class Seq2SeqRunner:
     """
 
     name = "seq2seq"
+    can_run_ahead = True
 
     def __init__(
         self,
@@ -73,7 +76,7 @@ class Seq2SeqRunner:
             else:
                 self.storage.apply([op])
 
-    def forward(self, batch: Batch) -> StepLogits:
+    def forward(self, batch: Batch, chosen_ids: ChosenIds | None = None) -> StepLogits:
         """Encode what is new and compute the batch's tokens.
 
         Returns:
@@ -81,6 +84,8 @@ class Seq2SeqRunner:
         """
         self._encode(self.cross.to_encode([item.sequence for item in batch.items]))
         inputs = build_inputs(batch, self.slot_of, self.storage, self.device)
+        if chosen_ids is not None:
+            inputs = replace(inputs, input_ids=chosen_ids.inputs_for(inputs.items))
         cross = build_cross(inputs, self.cross.slot_of, self.cross_storage, self.decoder.marker, self.alignment_heads)
         logits = self.program.run(FlatStep(inputs, self.storage, cross, biases=self.decoder.biases))
         _keep_weights(cross)

@@ -24,15 +24,10 @@ from engine.sequence import SamplingParams, Sequence
 from engine.transfer import upload
 
 
-def has_penalty(params: SamplingParams) -> bool:
-    """Whether any of the three penalties is on."""
-    return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
-
-
 def is_unprocessed(sequence: Sequence) -> bool:
     """Whether the next token of `sequence` is chosen from the model's own logits."""
     params = sequence.params
-    return not params.logit_bias and params.min_tokens <= len(sequence.output_token_ids) and not has_penalty(params)
+    return not params.logit_bias and params.min_tokens <= len(sequence.output_token_ids) and not params.has_penalty
 
 
 class _SeenTokens:
@@ -115,7 +110,7 @@ class LogitsProcessors:
             InvalidValue: a bias names a token outside the vocabulary.
         """
         biased = [(row, s) for row, s in enumerate(rows) if s.params.logit_bias]
-        penalised = [(row, s) for row, s in enumerate(rows) if has_penalty(s.params)]
+        penalised = [(row, s) for row, s in enumerate(rows) if s.params.has_penalty]
         held = [(row, s) for row, s in enumerate(rows) if len(s.output_token_ids) < s.params.min_tokens]
         if biased:
             self._add_bias(logits, biased)

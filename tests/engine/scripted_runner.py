@@ -20,9 +20,10 @@ from engine.kv.cross import CrossManager
 from engine.kv.encoder_decoder import EncoderDecoderKV
 from engine.kv.manager import KVManager
 from engine.kv.pool import SlotPool, StorageOp, size_classes
+from engine.model.chosen_ids import ChosenIds
 from engine.model.runner import StepLogits
 from engine.sampling.sampler import Sampler
-from engine.scheduler import Batch
+from engine.scheduler import Batch, ScheduledSequence
 from engine.sequence import Sequence
 from tests import zoo
 
@@ -33,13 +34,24 @@ _TABLE = torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=torch.Generator().manual_
 
 def logits_at(sequence: Sequence, position: int) -> Tensor:
     """Logits [V] after the token at `position`."""
-    return _TABLE[sequence.token_slice(position, position + 1)[0]] * (1 + position / 50)
+    return logits_after(sequence.token_slice(position, position + 1)[0], position)
+
+
+def logits_after(token_id: int, position: int) -> Tensor:
+    """Logits [V] after a token at `position`."""
+    return _TABLE[token_id] * (1 + position / 50)
 
 
 def weights_at(position: int, num_positions: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Where the heads look from the prompt's token at `position`: float32 [NUM_HEADS, num_positions]."""
     heads, places = np.arange(NUM_HEADS)[:, None], np.arange(num_positions)[None]
     return (heads * 1000 + position + places / 16).astype(np.float32)
+
+
+def _logits_ahead(item: ScheduledSequence, chosen_ids: ChosenIds) -> Tensor:
+    """Logits [V] after a token that is not known yet."""
+    assert item.start == item.sequence.num_tokens, "a token that is known was taken from the device"
+    return logits_after(int(chosen_ids.inputs_for([item])[0, 0]), item.start)
 
 
 class ScriptedRunner:
@@ -49,6 +61,7 @@ class ScriptedRunner:
     """
 
     name = "scripted"
+    can_run_ahead = True
 
     def __init__(self) -> None:
         self.nan_at: set[tuple[int, int]] = set()
@@ -58,7 +71,7 @@ class ScriptedRunner:
     def apply(self, ops: Iterable[StorageOp]) -> None:
         """Nothing to store."""
 
-    def forward(self, batch: Batch) -> StepLogits:
+    def forward(self, batch: Batch, chosen_ids: ChosenIds | None = None) -> StepLogits:
         """The script's logits; an aligning sequence gains its chunk."""
         rows = [torch.empty(0, VOCAB_SIZE)]
         for item in batch.items:
@@ -66,7 +79,8 @@ class ScriptedRunner:
             self.asked.append((sequence.sequence_id, item.start, item.num_tokens, item.num_logits))
             for position in range(item.stop - item.num_logits, item.stop):
                 is_nan = (sequence.sequence_id, position) in self.nan_at
-                rows.append(logits_at(sequence, position)[None] * (float("nan") if is_nan else 1.0))
+                logits = logits_at(sequence, position) if chosen_ids is None else _logits_ahead(item, chosen_ids)
+                rows.append(logits[None] * (float("nan") if is_nan else 1.0))
             if self.is_aligning and sequence.params.is_aligning:
                 assert sequence.source is not None
                 weights = [weights_at(p, sequence.source.num_positions) for p in range(item.start, item.stop)]
@@ -89,4 +103,5 @@ def scripted_engine(**limits: Any) -> tuple[Engine, ScriptedRunner]:
         cross = CrossManager(SlotPool((config.max_source_len,), 16, None), is_caching=True)
         kv = EncoderDecoderKV(own, cross, positions_per_token=1.0)
     runner = ScriptedRunner()
-    return Engine(config, Lane("scripted", "a test", 1), runner, kv, Sampler(VOCAB_SIZE, (), "cpu")), runner
+    sampler = Sampler(VOCAB_SIZE, config.eos_token_ids, "cpu", is_deferring=config.is_overlapped)
+    return Engine(config, Lane("scripted", "a test", 1), runner, kv, sampler), runner

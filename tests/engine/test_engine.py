@@ -11,6 +11,7 @@ import torch
 from engine.engine import Engine
 from engine.errors import NonFiniteLogits, StepFailed
 from engine.kv.pool import StorageOp
+from engine.model.chosen_ids import ChosenIds
 from engine.model.runner import FlatRunner, StepLogits
 from engine.scheduler import Batch
 from engine.sequence import SamplingParams, Sequence
@@ -22,6 +23,7 @@ class _Faulty:
     """A runner that passes everything on, after a fault of the test's choosing."""
 
     name = "flat"
+    can_run_ahead = True
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -35,11 +37,11 @@ class _Faulty:
             raise RuntimeError("no memory")
         self.inner.apply(ops)
 
-    def forward(self, batch: Batch) -> StepLogits:
+    def forward(self, batch: Batch, chosen_ids: ChosenIds | None = None) -> StepLogits:
         if self.raise_once:
             self.raise_once = False
             raise RuntimeError("boom")
-        result: StepLogits = self.inner.forward(batch)
+        result: StepLogits = self.inner.forward(batch, chosen_ids)
         row = 0
         for item in result.items:
             if item.sequence.sequence_id in self.nan_for and item.num_logits:
