@@ -7,7 +7,6 @@ Called by runtime/model_loading.py on the engine thread.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
 import torch
 
@@ -29,6 +28,7 @@ from engine.model.selfcheck import LaneChoice, choose_lane, measure_solo
 from engine.model.seq2seq import Seq2SeqRunner
 from engine.model.seq2seq_check import Seq2SeqParts, try_flat
 from engine.sampling.sampler import Sampler
+from engine.static_cache import Store, announce_static
 
 logger = logging.getLogger(__name__)
 
@@ -82,14 +82,12 @@ def _build_solo(loaded: LoadedModel, config: EngineConfig, reason: str, sampler:
 
 
 def _build_flat(loaded: LoadedModel, config: EngineConfig, choice: LaneChoice, sampler: Sampler) -> Engine:
-    # Static slots never move, and captured steps read slots: both are promised, and pages are neither.
-    has_slots = config.is_static_cache or config.compile is not None
-    kernel = None if has_slots else kernel_for(loaded.device)
+    kernel = None if config.compile is not None else kernel_for(loaded.device)
     paged = None if kernel is None else build_paged(loaded, config, choice, sampler, kernel)
     if paged is not None:
         return paged
     storage = SlotStorage(choice.shapes, loaded.device)
-    pool = _pools(config, [_Store("decoder", storage.bytes_per_token, config.max_model_len)])[0]
+    pool = _pools(config, [Store("decoder", storage.bytes_per_token, config.max_model_len)])[0]
     kv = KVManager(pool, is_prefix_caching=config.is_prefix_caching)
     runner = FlatRunner(loaded.model, storage, kv.slot_of, loaded.device)
     runner.apply(pool.preallocate() if config.is_static_cache else ())
@@ -105,8 +103,8 @@ def _build_seq2seq(loaded: LoadedModel, config: EngineConfig, parts: Seq2SeqPart
     storage, cross_storage = (SlotStorage(shapes, loaded.device) for shapes in (parts.shapes, parts.cross_shapes))
     per_token, per_position = storage.bytes_per_token, cross_storage.bytes_per_token
     stores = [
-        _Store("decoder", per_token, config.max_model_len),
-        _Store("encoder", per_position, config.max_source_len),
+        Store("decoder", per_token, config.max_model_len),
+        Store("encoder", per_position, config.max_source_len),
     ]
     pool, cross_pool = _pools(config, stores)
     cross = CrossManager(cross_pool, is_caching=config.is_prefix_caching)
@@ -134,20 +132,7 @@ def _build_seq2seq(loaded: LoadedModel, config: EngineConfig, parts: Seq2SeqPart
     return Engine(config, Lane("seq2seq", parts.reason, per_token), runner, kv, sampler, compiled)
 
 
-@dataclass(frozen=True, slots=True)
-class _Store:
-    """One kind of KV memory: bytes a position, and the most positions of a sequence."""
-
-    name: str
-    bytes_per_position: int
-    longest: int
-
-    @property
-    def bytes_per_sequence(self) -> int:
-        return self.bytes_per_position * self.longest
-
-
-def _pools(config: EngineConfig, stores: list[_Store]) -> list[SlotPool]:
+def _pools(config: EngineConfig, stores: list[Store]) -> list[SlotPool]:
     """A pool for each store, within one budget: each gets the share that its longest sequences would take."""
     if config.is_static_cache:
         return _static_pools(config, stores)
@@ -169,19 +154,10 @@ def _pools(config: EngineConfig, stores: list[_Store]) -> list[SlotPool]:
     return pools
 
 
-def _static_pools(config: EngineConfig, stores: list[_Store]) -> list[SlotPool]:
+def _static_pools(config: EngineConfig, stores: list[Store]) -> list[SlotPool]:
     """One slot of the full length for each sequence of a step, to be allocated now."""
     num_slots = config.max_num_seqs
-    rows = [
-        f"{store.name}: {store.bytes_per_position} bytes a token x {store.longest} positions = "
-        f"{store.bytes_per_sequence} bytes a slot x {num_slots} slots = {store.bytes_per_sequence * num_slots} bytes"
-        for store in stores
-    ]
-    total = sum(store.bytes_per_sequence for store in stores) * num_slots
-    if config.kv_budget_bytes is not None and total > config.kv_budget_bytes:
-        raise ValueError(f"--static-cache True: {'; '.join(rows)}; {config.kv_budget_bytes} bytes are free for it")
-    for row in rows:
-        logger.info("static KV cache, %s", row)
+    announce_static(stores, num_slots, config.kv_budget_bytes)
     return [
         SlotPool((store.longest,), max_slots=num_slots, budget_tokens=store.longest * num_slots, is_static=True)
         for store in stores

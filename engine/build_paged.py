@@ -28,6 +28,7 @@ from engine.model.selfcheck import LaneChoice, judge, row_errors
 from engine.sampling.sampler import Sampler
 from engine.scheduler import Batch, ScheduledSequence
 from engine.sequence import SamplingParams, Sequence
+from engine.static_cache import Store, announce_static
 
 if TYPE_CHECKING:
     from engine.model.paged_step import PagedAttention
@@ -52,25 +53,38 @@ def build_paged(
 
     Args:
         loaded: a model that was found flat.
-        config: limits; not with a static cache.
+        config: limits.
         choice: what the check of the lane found.
         sampler: of this model.
         attention: the kernel, or its twin.
 
     Raises:
-        ValueError: the KV budget holds not even one block.
+        ValueError: the KV budget holds not even one block, or not the static cache that was asked for.
     """
     reason = _why_not_paged(loaded, choice, attention)
     if reason is not None:
         logger.warning("KV stays in slots, not in pages: %s", reason)
         return None
-    storage = PagedStorage(choice.shapes, loaded.device)
-    kv = PagedManager(
-        BlockPool(_max_blocks(config, storage.bytes_per_token)), is_prefix_caching=config.is_prefix_caching
-    )
+    bytes_per_token = sum(shape.bytes_per_token for shape in choice.shapes)
+    if config.is_static_cache:
+        num_blocks = _static_blocks(config, bytes_per_token)
+    else:
+        num_blocks = _max_blocks(config, bytes_per_token)
+    storage = PagedStorage(choice.shapes, loaded.device, num_blocks if config.is_static_cache else None)
+    pool = BlockPool(num_blocks, is_static=config.is_static_cache)
+    kv = PagedManager(pool, is_prefix_caching=config.is_prefix_caching)
     runner = PagedRunner(loaded.model, storage, kv.table_of, attention, loaded.device)
     logger.info("KV in pages of %d tokens, at most %d of them", BLOCK_SIZE, kv.pool.max_blocks)
     return Engine(config, Lane("flat", choice.reason, storage.bytes_per_token), runner, kv, sampler)
+
+
+def _static_blocks(config: EngineConfig, bytes_per_token: int) -> int:
+    """Whole pages for max_num_seqs sequences of the full length: whoever is admitted never waits for memory."""
+    num_blocks = num_blocks_for(config.max_model_len)
+    announce_static(
+        [Store("decoder", bytes_per_token, num_blocks * BLOCK_SIZE)], config.max_num_seqs, config.kv_budget_bytes
+    )
+    return num_blocks * config.max_num_seqs
 
 
 def _max_blocks(config: EngineConfig, bytes_per_token: int) -> int:

@@ -23,12 +23,17 @@ class PagedStorage:
     Args:
         shapes: one entry a layer.
         device: where the tensors live.
+        num_fixed: blocks that are allocated now, zeros, and never move; None for as many as the accounting says.
     """
 
-    def __init__(self, shapes: Iterable[LayerShape], device: torch.device) -> None:
+    def __init__(self, shapes: Iterable[LayerShape], device: torch.device, num_fixed: int | None = None) -> None:
         self.shapes = tuple(shapes)
         self.device = device
-        self.clear()
+        self.num_fixed = num_fixed
+        self._drop()
+        if num_fixed is not None:
+            self._resize((), num_fixed)
+            self.clear()
 
     @property
     def bytes_per_token(self) -> int:
@@ -45,10 +50,19 @@ class PagedStorage:
         for op in ops:
             if not isinstance(op, ResizeArena):
                 raise TypeError("blocks are shared, never copied or cleared")
+            if self.num_fixed is not None:
+                raise TypeError("these blocks are where they are for good: captured steps hold their addresses")
             self._resize(op.keep, op.num_slots)
 
+    @torch.inference_mode()
     def clear(self) -> None:
-        """Drop every tensor."""
+        """Drop every tensor; make those zeros that are where they are for good."""
+        if self.num_fixed is None:
+            self._drop()
+        for tensor in (*self.keys, *self.values):
+            tensor.zero_()
+
+    def _drop(self) -> None:
         self.keys = [self._empty(0, shape, shape.key_dim) for shape in self.shapes]
         self.values = [self._empty(0, shape, shape.value_dim) for shape in self.shapes]
 

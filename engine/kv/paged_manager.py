@@ -182,15 +182,16 @@ class PagedManager:
             self.pool.release(block)
 
     def give_back(self, max_kept_tokens: int) -> None:
-        """Keep the most recently used cached blocks, up to that many tokens, and free all other memory not in use."""
-        held = {block for holding in self._held.values() for block in holding.blocks}
-        self.pool.compact(max_kept_tokens // BLOCK_SIZE, held, self._ops)
-        for holding in self._held.values():
-            holding.table = array("q", (block.index for block in holding.blocks))
+        """Keep the most recently used cached blocks, up to that many tokens, and free all other memory not in use.
+
+        Static memory is never given back, so there everything stays cached.
+        """
+        if not self.pool.is_static:
+            self._compact(max_kept_tokens // BLOCK_SIZE)
 
     def remake(self) -> list[SlotOp]:
         """Drop every cached block and all pending operations; nothing is made again before it is asked for."""
-        self.give_back(0)
+        self._compact(0)
         self._ops.clear()
         return []
 
@@ -206,6 +207,12 @@ class PagedManager:
                 assert (block.num_refs, block.key) == (1, None), "a block that is not full is shared"
         promised = [key for holding in self._held.values() for key in holding.promised]
         self.pool.prefixes.check_integrity(self.pool.keyed(set(references)), promised)
+
+    def _compact(self, max_cached_blocks: int) -> None:
+        held = {block for holding in self._held.values() for block in holding.blocks}
+        self.pool.compact(max_cached_blocks, held, self._ops)
+        for holding in self._held.values():
+            holding.table = array("q", (block.index for block in holding.blocks))
 
     def _can_reuse(self, sequence: Sequence) -> bool:
         return self.is_prefix_caching and may_reuse(sequence)

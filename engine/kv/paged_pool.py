@@ -8,6 +8,7 @@ Kept by kv/paged_manager.py, which gives sequences their block tables.
 
 Free blocks are taken lowest first, memory grows by doubling while the budget lasts, and only then does the cached block
 that was used least recently go. When the server is idle the blocks in use are moved together and the rest given back.
+A static pool has all its memory from the start, and its blocks never move: captured steps hold their addresses.
 """
 
 from __future__ import annotations
@@ -34,13 +35,15 @@ class BlockPool:
 
     Args:
         max_blocks: most blocks that memory may be taken for.
+        is_static: memory for all of them is there already, and is never given back.
     """
 
-    def __init__(self, max_blocks: int) -> None:
+    def __init__(self, max_blocks: int, *, is_static: bool = False) -> None:
         self.max_blocks = max_blocks
-        self.num_blocks = 0
+        self.is_static = is_static
+        self.num_blocks = max_blocks if is_static else 0
         self.prefixes: PrefixIndex[Block] = PrefixIndex()
-        self._free: list[int] = []  # a heap: lowest index first
+        self._free: list[int] = list(range(self.num_blocks))  # a heap: lowest index first
         self._cached: OrderedDict[Block, None] = OrderedDict()  # least recently used first
 
     @property
@@ -100,11 +103,12 @@ class BlockPool:
     def compact(self, max_cached_blocks: int, held: set[Block], ops: list[SlotOp]) -> None:
         """Evict down to `max_cached_blocks`, move the blocks in use together and give the rest of the memory back.
 
-        Renumbers `held`, every block that sequences refer to: whoever copied an index must read it again.
+        Static memory stays as it is. Renumbers `held`, every block that sequences refer to: whoever copied an index
+        must read it again.
         """
         while self.num_cached > max_cached_blocks:
             self._evict()
-        if not self._free:
+        if self.is_static or not self._free:
             return
         used = sorted([*held, *self._cached], key=lambda block: block.index)
         ops.append(ResizeArena(BLOCK_SIZE, tuple(block.index for block in used), len(used)))

@@ -15,6 +15,7 @@ import torch
 from engine.build_paged import build_paged
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.errors import ContextLengthExceeded, StepFailed
 from engine.kv.paged_manager import PagedManager
 from engine.kv.paged_pool import BlockPool
 from engine.kv.prefix import BLOCK_SIZE
@@ -95,11 +96,67 @@ def test_the_interpreted_kernel_gives_the_tokens_of_generate(name: str) -> None:
     assert [tokens(outputs[n]) for n in range(2)] == [reference(name, prompt, 6) for prompt in prompts]
 
 
-def test_pages_are_kept_where_there_is_a_kernel_unless_the_cache_is_static(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_are_kept_where_there_is_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(engine_for("llama").runner, FlatRunner)
     monkeypatch.setattr("engine.build.kernel_for", lambda _device: attend_blocks)
     assert isinstance(engine_for("llama").runner, PagedRunner)
-    assert isinstance(engine_for("llama", is_static_cache=True).runner, FlatRunner)
+    assert isinstance(engine_for("llama", is_static_cache=True).runner, PagedRunner)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_static_pages_give_the_same_tokens_and_never_move(name: str) -> None:
+    expected = [reference(name, prompt, NUM_TOKENS) for prompt in _prompts()]
+    engine = _paged(name, is_static_cache=True, max_num_seqs=3, max_model_len=110)
+    assert isinstance(engine.runner, PagedRunner)
+    storage = engine.runner.storage
+    addresses = [tensor.data_ptr() for tensor in (*storage.keys, *storage.values)]
+    for _ in range(2):  # the second time with prefixes computed
+        outputs = drive(engine, [greedy(n, prompt, NUM_TOKENS) for n, prompt in enumerate(_prompts())])
+        assert [tokens(outputs[n]) for n in range(8)] == expected
+        engine.on_idle()
+    stats = engine.stats()
+    assert stats.prefix_cache_hits_total > 0 and stats.preemptions_total == 0
+    # Three slots of 110 tokens in whole pages of 32, from the start to the end.
+    assert stats.kv_bytes_allocated == storage.num_bytes == 3 * 128 * engine.lane.kv_bytes_per_token
+    assert [tensor.data_ptr() for tensor in (*storage.keys, *storage.values)] == addresses
+
+
+def test_a_request_that_does_not_fit_a_static_slot_is_refused_with_both_numbers() -> None:
+    engine = _paged("llama", is_static_cache=True, max_num_seqs=2, max_model_len=64)
+    with pytest.raises(ContextLengthExceeded, match="the prompt has 64 tokens, and this model's context holds 64"):
+        engine.add(greedy(0, zoo.prompt(64), 1))
+    prompt = zoo.prompt(63)
+    assert tokens(drive(engine, [greedy(1, prompt, 1)])[1]) == reference("llama", prompt, 1)
+
+
+def test_a_static_cache_that_does_not_fit_is_refused_with_the_arithmetic() -> None:
+    with pytest.raises(
+        ValueError,
+        match="--static-cache True: decoder: 512 bytes a token x 128 positions = 65536 bytes a slot x 4 slots = "
+        "262144 bytes; 262143 bytes are free for it",
+    ):
+        _build("llama", is_static_cache=True, max_num_seqs=4, max_model_len=100, kv_budget_bytes=262_143)
+
+
+def test_static_storage_that_fails_is_emptied_where_it_is() -> None:
+    engine = _paged("llama", is_static_cache=True, max_num_seqs=2)
+    assert isinstance(engine.runner, PagedRunner)
+    storage, apply = engine.runner.storage, engine.runner.apply
+    address = storage.keys[0].data_ptr()
+    prompt = zoo.prompt(40)
+    engine.add(greedy(0, prompt, 20))
+    engine.step()
+
+    def fail_once(_ops: object) -> None:
+        engine.runner.apply = apply  # type: ignore[method-assign]
+        raise RuntimeError("lost")
+
+    engine.runner.apply = fail_once  # type: ignore[method-assign]
+    (failed,) = engine.step()
+    assert isinstance(failed.error, StepFailed)
+    assert storage.keys[0].data_ptr() == address and not storage.keys[0].any()
+    engine.kv.check_integrity()
+    assert tokens(drive(engine, [greedy(2, prompt, 20)])[2]) == reference("llama", prompt, 20)
 
 
 def test_a_shared_prompt_takes_its_blocks_once() -> None:
