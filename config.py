@@ -145,7 +145,9 @@ class Settings(BaseModel):
     )
     torch_compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = _option(
         "reduce-overhead",
-        "torch.compile's mode; on the CPU the max-autotune ones also choose kernels by measuring, the others are alike",
+        "torch.compile's mode: the max-autotune ones also choose kernels by measuring; on CUDA reduce-overhead and "
+        "max-autotune also capture steps as CUDA graphs, eager ones at once and compiled ones once they are there, and "
+        "allocate the KV cache in full at the start; the CPU has no graphs",
     )
 
     # Options of ours.

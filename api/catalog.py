@@ -33,6 +33,7 @@ async def health(parts: UsesParts) -> Response:
         body |= {"lane": info.lane, "lane_reason": info.lane_reason}
         if parts.settings.torch_compile:
             body["compiled_batch_sizes"] = list(manager.stats.compiled_batch_sizes)
+            body["graph_batch_sizes"] = list(manager.stats.graph_batch_sizes)
     return JSONResponse(body, 503 if status in ("dead", "stalled") else 200)
 
 

@@ -61,7 +61,7 @@ def main() -> None:
     )
     engine = build_engine(loaded, config, lambda _what, _share: None)
     compiled, runner = engine.compiled, engine.runner
-    assert compiled is not None and isinstance(runner, FlatRunner)
+    assert isinstance(compiled, CompiledSteps) and isinstance(runner, FlatRunner)
     wait_for(engine, compiled, len(sizes))
     for num_clients in sizes:
         times: dict[str, list[float]] = {"eager": [], "compiled": []}

@@ -15,6 +15,7 @@ from engine.compile.steps import compile_steps
 from engine.compile.trial import TrialSetting
 from engine.config import EngineConfig
 from engine.engine import Engine, Lane
+from engine.graphs.recorder import recorder_for
 from engine.kv.cross import CrossManager
 from engine.kv.encoder_decoder import EncoderDecoderKV
 from engine.kv.manager import KVManager
@@ -82,10 +83,12 @@ def _build_solo(loaded: LoadedModel, config: EngineConfig, reason: str, sampler:
 
 
 def _build_flat(loaded: LoadedModel, config: EngineConfig, choice: LaneChoice, sampler: Sampler) -> Engine:
-    kernel = None if config.compile is not None else kernel_for(loaded.device)
-    paged = None if kernel is None else build_paged(loaded, config, choice, sampler, kernel)
+    kernel = kernel_for(loaded.device)
+    recorder = recorder_for(loaded.device) if config.compile is not None and config.compile.has_graphs else None
+    paged = None if kernel is None else build_paged(loaded, config, choice, sampler, kernel, recorder)
     if paged is not None:
         return paged
+    _say_no_graphs(config, "they read KV in pages")
     storage = SlotStorage(choice.shapes, loaded.device)
     pool = _pools(config, [Store("decoder", storage.bytes_per_token, config.max_model_len)])[0]
     kv = KVManager(pool, is_prefix_caching=config.is_prefix_caching)
@@ -124,12 +127,18 @@ def _build_seq2seq(loaded: LoadedModel, config: EngineConfig, parts: Seq2SeqPart
         runner.apply([*pool.preallocate(), *map(CrossOp, cross_pool.preallocate())])
     compiled = None
     if config.compile is not None:
+        _say_no_graphs(config, "an encoder-decoder's steps read KV in slots, which move")
         decoder = parts.decoder
         setting = TrialSetting(
             parts.shapes, loaded.vocab_size, loaded.device, parts.cross_shapes, decoder.marker, decoder.biases
         )
         runner.program = compiled = compile_steps(decoder, setting, config.compile, config.max_num_seqs)
     return Engine(config, Lane("seq2seq", parts.reason, per_token), runner, kv, sampler, compiled)
+
+
+def _say_no_graphs(config: EngineConfig, reason: str) -> None:
+    if config.compile is not None and config.compile.has_graphs:
+        logger.warning("--torch-compile True: no CUDA graphs are captured, %s", reason)
 
 
 def _pools(config: EngineConfig, stores: list[Store]) -> list[SlotPool]:

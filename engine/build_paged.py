@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from engine.config import EngineConfig
+from engine.compile.paged_trial import NUM_TRIAL_BLOCKS, PagedTrialSetting
+from engine.compile.steps import CompiledSteps, bucket_sizes, compile_steps
+from engine.config import CompileConfig, EngineConfig
 from engine.engine import Engine, Lane
+from engine.graphs.recorder import Recorder
+from engine.graphs.steps import GraphedSteps, Scene
 from engine.kv.paged import PagedStorage
 from engine.kv.paged_manager import PagedManager, num_blocks_for
 from engine.kv.paged_pool import BlockPool
@@ -23,7 +27,7 @@ from engine.kv.slots import SlotStorage
 from engine.model.attention import NotFlat
 from engine.model.loader import LoadedModel
 from engine.model.paged_runner import PagedRunner
-from engine.model.runner import FlatRunner, Runner
+from engine.model.runner import FlatRunner, Runner, StepProgram
 from engine.model.selfcheck import LaneChoice, judge, row_errors
 from engine.sampling.sampler import Sampler
 from engine.scheduler import Batch, ScheduledSequence
@@ -47,7 +51,12 @@ _TRIAL_TABLES = (array("q", (3, 1)), array("q", (0, 4)))  # not in order: a row 
 
 
 def build_paged(
-    loaded: LoadedModel, config: EngineConfig, choice: LaneChoice, sampler: Sampler, attention: PagedAttention
+    loaded: LoadedModel,
+    config: EngineConfig,
+    choice: LaneChoice,
+    sampler: Sampler,
+    attention: PagedAttention,
+    recorder: Recorder | None = None,
 ) -> Engine | None:
     """An engine over paged KV, or None when the trial does not agree with slots: then slots serve.
 
@@ -57,25 +66,56 @@ def build_paged(
         choice: what the check of the lane found.
         sampler: of this model.
         attention: the kernel, or its twin.
+        recorder: captures decode steps as graphs, where they are to be.
 
     Raises:
-        ValueError: the KV budget holds not even one block, or not the static cache that was asked for.
+        ValueError: the KV budget holds not even one block, or not the static cache that was asked for; or the model is
+            to be compiled and cannot be handed to another process.
     """
     reason = _why_not_paged(loaded, choice, attention)
     if reason is not None:
         logger.warning("KV stays in slots, not in pages: %s", reason)
         return None
-    bytes_per_token = sum(shape.bytes_per_token for shape in choice.shapes)
-    if config.is_static_cache:
-        num_blocks = _static_blocks(config, bytes_per_token)
-    else:
-        num_blocks = _max_blocks(config, bytes_per_token)
-    storage = PagedStorage(choice.shapes, loaded.device, num_blocks if config.is_static_cache else None)
-    pool = BlockPool(num_blocks, is_static=config.is_static_cache)
-    kv = PagedManager(pool, is_prefix_caching=config.is_prefix_caching)
+    num_spare = 0 if recorder is None else NUM_TRIAL_BLOCKS
+    num_blocks = _num_blocks(config, sum(shape.bytes_per_token for shape in choice.shapes), num_spare)
+    # Graphs hold addresses: what they read is allocated now, like a static cache, and stays where it is.
+    is_fixed = config.is_static_cache or recorder is not None
+    storage = PagedStorage(choice.shapes, loaded.device, num_blocks + num_spare if is_fixed else None)
+    kv = PagedManager(BlockPool(num_blocks, is_static=is_fixed), is_prefix_caching=config.is_prefix_caching)
     runner = PagedRunner(loaded.model, storage, kv.table_of, attention, loaded.device)
-    logger.info("KV in pages of %d tokens, at most %d of them", BLOCK_SIZE, kv.pool.max_blocks)
-    return Engine(config, Lane("flat", choice.reason, storage.bytes_per_token), runner, kv, sampler)
+    size = f"{storage.num_bytes / 2**20:.0f} MiB, allocated once" if is_fixed else f"at most {num_blocks} of them"
+    logger.info("KV in pages of %d tokens, %s", BLOCK_SIZE, size)
+    lane = Lane("flat", choice.reason, storage.bytes_per_token)
+    if config.compile is None:
+        return Engine(config, lane, runner, kv, sampler)
+    eager = runner.program
+    compiled = _compile(eager, config, config.compile, loaded, storage, attention)
+    runner.program = compiled
+    if recorder is None:
+        return Engine(config, lane, runner, kv, sampler, compiled)
+    scene = Scene(storage, attention, num_blocks, config.max_model_len, loaded.vocab_size, loaded.device)
+    sizes = config.compile.sizes or bucket_sizes(config.max_num_seqs)
+    graphed = runner.captured = GraphedSteps(eager, scene, sizes, recorder, compiled)
+    return Engine(config, lane, runner, kv, sampler, graphed)
+
+
+def _compile(
+    program: StepProgram,
+    config: EngineConfig,
+    how: CompileConfig,
+    loaded: LoadedModel,
+    storage: PagedStorage,
+    attention: PagedAttention,
+) -> CompiledSteps:
+    setting = PagedTrialSetting(storage.shapes, loaded.vocab_size, config.max_model_len, loaded.device, attention)
+    return compile_steps(program, setting, how, config.max_num_seqs)
+
+
+def _num_blocks(config: EngineConfig, bytes_per_token: int, num_spare: int) -> int:
+    """Blocks that sequences are given, beside the spare ones."""
+    if config.is_static_cache:
+        return _static_blocks(config, bytes_per_token)
+    return _max_blocks(config, bytes_per_token, num_spare)
 
 
 def _static_blocks(config: EngineConfig, bytes_per_token: int) -> int:
@@ -87,18 +127,19 @@ def _static_blocks(config: EngineConfig, bytes_per_token: int) -> int:
     return num_blocks * config.max_num_seqs
 
 
-def _max_blocks(config: EngineConfig, bytes_per_token: int) -> int:
+def _max_blocks(config: EngineConfig, bytes_per_token: int, num_spare: int) -> int:
     # Twice the running ones: as many ended sequences may be kept for their prefixes.
     most = 2 * config.max_num_seqs * num_blocks_for(config.max_model_len + 1)
     if config.kv_budget_bytes is None:
         return most
     bytes_per_block = bytes_per_token * BLOCK_SIZE
-    if config.kv_budget_bytes < bytes_per_block:
+    if config.kv_budget_bytes < bytes_per_block * (1 + num_spare):
+        spare = f", and captured steps need {num_spare} more" if num_spare else ""
         raise ValueError(
             f"--kv-cache-memory {config.kv_budget_bytes}: one page of {BLOCK_SIZE} tokens of this model takes "
-            f"{bytes_per_block} bytes"
+            f"{bytes_per_block} bytes{spare}"
         )
-    return min(most, config.kv_budget_bytes // bytes_per_block)
+    return min(most, config.kv_budget_bytes // bytes_per_block - num_spare)
 
 
 def _why_not_paged(loaded: LoadedModel, choice: LaneChoice, attention: PagedAttention) -> str | None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.compile.steps import CompiledSteps
 from engine.config import EngineConfig
 from engine.errors import ServerError, StepFailed
 from engine.flight import Flight, Landing, take_off
@@ -22,6 +21,7 @@ from engine.kv.accounting import KVAccounting
 from engine.model.runner import Runner
 from engine.pacing import Pacing
 from engine.pipeline import Pipeline
+from engine.preparation import Preparation
 from engine.profiling import StepProfiler
 from engine.sampling.sampler import Sampler
 from engine.scheduler import Batch, Scheduler
@@ -52,7 +52,7 @@ class Engine:
         runner: the forward.
         kv: the accounting of its memory.
         sampler: chooses tokens from logits.
-        compiled: the runner's steps, where they are compiled.
+        compiled: makes the runner's steps faster behind, by compiling or capturing them, where that is wanted.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Engine:
         runner: Runner,
         kv: KVAccounting,
         sampler: Sampler,
-        compiled: CompiledSteps | None = None,
+        compiled: Preparation | None = None,
     ) -> None:
         self.config = config
         self.lane = lane
@@ -143,6 +143,7 @@ class Engine:
             step_tokens_total=self._step_tokens_total,
             last_step_tokens=self._last_step_tokens,
             compiled_batch_sizes=() if self.compiled is None else self.compiled.sizes,
+            graph_batch_sizes=() if self.compiled is None else self.compiled.graph_sizes,
         )
 
     def profile_again(self) -> None:

@@ -280,6 +280,7 @@ class EngineStats:
     step_tokens_total: int = 0
     last_step_tokens: int = 0
     compiled_batch_sizes: tuple[int, ...] = ()
+    graph_batch_sizes: tuple[int, ...] = ()
 
     @property
     def kv_cache_usage_ratio(self) -> float:

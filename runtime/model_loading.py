@@ -295,17 +295,16 @@ def _engine_config(settings: Settings, loaded: LoadedModel, device: str) -> Engi
 
 
 def _compile_config(settings: Settings, device: str) -> CompileConfig:
-    """How steps are compiled; CUDA graphs, which some modes mean on a GPU, are not there yet."""
+    """How steps are compiled, and whether they are captured as CUDA graphs too, where there is CUDA."""
     mode = settings.torch_compile_mode
     if device == "mps":
         raise StartupError("--torch-compile True: should be with --accelerator-type cpu or cuda, not mps")
-    if device == "cuda" and mode in ("reduce-overhead", "max-autotune"):
-        if settings.is_given("torch_compile_mode"):
-            instead = "default" if mode == "reduce-overhead" else "max-autotune-no-cudagraphs"
-            raise StartupError(f"--torch-compile-mode {mode}: captures CUDA graphs, which is not there yet: {instead}")
-        logger.warning("--torch-compile True: CUDA graphs are not captured in this version")
     root = Path(settings.cache_dir or tempfile.mkdtemp(prefix="transformers-openai-api-"))
-    return CompileConfig(root / "compiled", is_autotuned=mode.startswith("max-autotune"))
+    return CompileConfig(
+        root / "compiled",
+        is_autotuned=mode.startswith("max-autotune"),
+        has_graphs=device == "cuda" and mode in ("reduce-overhead", "max-autotune"),
+    )
 
 
 def _profile_directory() -> Path:

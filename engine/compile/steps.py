@@ -22,13 +22,12 @@ import torch.nn.functional as F
 
 from engine.compile.compiler import Compiler, Failure, Package
 from engine.compile.skeleton import take_skeleton
-from engine.compile.trial import TrialSetting
+from engine.compile.trial import Trials, compare_logits
 from engine.config import CompileConfig
 from engine.model import operators  # registers what compiled code calls
-from engine.model.attention import NotFlat
+from engine.model.paged_step import PagedStep
 from engine.model.runner import StepProgram
-from engine.model.selfcheck import judge, row_errors
-from engine.model.step import FlatStep, flat_step
+from engine.model.step import Step, flat_step
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +65,7 @@ class CompiledCode:
         self._call = call
         self._tensors = tensors
 
-    def run(self, step: FlatStep) -> torch.Tensor:
+    def run(self, step: Step) -> torch.Tensor:
         """As StepProgram.run, for a step of at most `size` single tokens."""
         inputs = step.inputs
         num_rows = inputs.input_ids.shape[1]
@@ -95,11 +94,11 @@ class CompiledSteps:
         program: StepProgram,
         tensors: list[torch.Tensor],
         compiler: Compiler,
-        setting: TrialSetting,
+        setting: Trials,
         sizes: Series[int],
         *,
         load: Callable[[Package], Call] = load_package,
-        measure: Callable[[StepProgram | CompiledCode, FlatStep], float] | None = None,
+        measure: Callable[[StepProgram | CompiledCode, Step], float] | None = None,
     ) -> None:
         self.program = program
         self.model = program.model
@@ -111,7 +110,7 @@ class CompiledSteps:
         self._live: dict[int, CompiledCode] = {}
         self._trial: Iterator[None] | None = None
         self._again: set[int] = set()  # sizes that have had their second chance
-        self.num_decided = 0  # of the buckets: they serve, or never will
+        self._num_decided = 0
         compiler.request(sizes)
 
     @property
@@ -119,7 +118,17 @@ class CompiledSteps:
         """The buckets that serve."""
         return tuple(sorted(self._live))
 
-    def run(self, step: FlatStep) -> torch.Tensor:
+    @property
+    def num_decided(self) -> int:
+        """Of the buckets: they serve, or never will."""
+        return self._num_decided
+
+    @property
+    def graph_sizes(self) -> tuple[int, ...]:
+        """None: nothing is captured here."""
+        return ()
+
+    def run(self, step: Step) -> torch.Tensor:
         """As StepProgram.run."""
         code = self._code_for(step)
         if code is None:
@@ -129,9 +138,13 @@ class CompiledSteps:
         except Exception:
             logger.exception("compiled steps of %d sequences failed; eager from here on", code.size)
             del self._live[code.size]
-            if step.cross is not None:
+            if not isinstance(step, PagedStep) and step.cross is not None:
                 step.cross.num_calls = 0
             return self.program.run(step)
+
+    def code_of(self, size: int) -> CompiledCode | None:
+        """The code of a bucket that serves."""
+        return self._live.get(size)
 
     def wake_with(self, wake: Callable[[], None]) -> None:
         """Call `wake`, on any thread, when has_work becomes true."""
@@ -146,7 +159,7 @@ class CompiledSteps:
         if self._trial is None:
             result = self._compiler.take()
             if isinstance(result, Failure):
-                self.num_decided += 1
+                self._num_decided += 1
                 logger.warning("steps of %d sequences stay eager: %s", result.size, result.reason)
             elif result is not None:
                 self._trial = self._try(result)
@@ -160,8 +173,8 @@ class CompiledSteps:
         self._trial = None
         self._live.clear()
 
-    def _code_for(self, step: FlatStep) -> CompiledCode | None:
-        if not self._live or step.inputs.chunks or (step.cross is not None and step.cross.chunks):
+    def _code_for(self, step: Step) -> CompiledCode | None:
+        if not self._live or not _is_decode(step):
             return None
         num_rows = step.inputs.input_ids.shape[1]
         sizes = [size for size in self._live if size >= num_rows]
@@ -178,7 +191,7 @@ class CompiledSteps:
                 steps = self._setting.steps(num_rows)
                 expected = self.program.run(steps())
                 yield
-                error = max(error, _compare(code.run(steps()), expected))
+                error = max(error, compare_logits(code.run(steps()), expected))
                 yield
         except Exception as failure:  # whatever compiled code does, the server goes on without it
             self._give_up(package, failure)
@@ -190,7 +203,7 @@ class CompiledSteps:
                 yield
         eager_ms, compiled_ms = 1e3 * taken[id(self.program)], 1e3 * taken[id(code)]
         origin = "found on disk" if package.seconds is None else f"compiled in {package.seconds:.0f} s"
-        self.num_decided += 1
+        self._num_decided += 1
         if compiled_ms >= eager_ms:
             logger.info(
                 "steps of %d sequences stay eager: %.1f ms, compiled %.1f (%s)", size, eager_ms, compiled_ms, origin
@@ -211,11 +224,11 @@ class CompiledSteps:
             logger.warning("%s is of no use (%s): removed, to be compiled again", package.path, words)
             self._compiler.request([package.size])
         else:
-            self.num_decided += 1
+            self._num_decided += 1
             logger.warning("steps of %d sequences stay eager: %s", package.size, words)
 
 
-def compile_steps(program: StepProgram, setting: TrialSetting, config: CompileConfig, max_rows: int) -> CompiledSteps:
+def compile_steps(program: StepProgram, setting: Trials, config: CompileConfig, max_rows: int) -> CompiledSteps:
     """The program, to be compiled behind.
 
     Raises:
@@ -229,15 +242,14 @@ def compile_steps(program: StepProgram, setting: TrialSetting, config: CompileCo
     return CompiledSteps(program, tensors, compiler, setting, config.sizes or bucket_sizes(max_rows))
 
 
-def _compare(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest relative error of a row; raises NotFlat where that is more than rounding."""
-    error = judge(row_errors(logits, expected), expected.dtype)
-    if expected.dtype == torch.float32 and not torch.equal(logits.argmax(-1), expected.argmax(-1)):
-        raise NotFlat("greedy tokens differ from the eager step's")
-    return error
+def _is_decode(step: Step) -> bool:
+    """Whether every sequence has one token in it."""
+    if isinstance(step, PagedStep):
+        return step.inputs.num_singles == len(step.inputs.query_lens)
+    return not step.inputs.chunks and (step.cross is None or not step.cross.chunks)
 
 
-def _time(program: StepProgram | CompiledCode, step: FlatStep) -> float:
+def _time(program: StepProgram | CompiledCode, step: Step) -> float:
     """Seconds that a step takes."""
     started = time.perf_counter()
     logits = program.run(step)

@@ -8,18 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from engine.kv.pool import ResizeArena, Slot
 from engine.kv.slots import LayerShape, SlotStorage
+from engine.model.attention import NotFlat
 from engine.model.cross_attention import build_cross
 from engine.model.inputs import build_inputs
-from engine.model.step import FlatStep
+from engine.model.selfcheck import judge, row_errors
+from engine.model.step import FlatStep, Step
 from engine.scheduler import Batch, ScheduledSequence
 from engine.sequence import SamplingParams, Sequence, Source
 
 CAPACITY = 8  # positions of a trial's slots: little memory, and rows of different lengths
+
+
+class Trials(Protocol):
+    """What compiled code is tried on; TrialSetting makes steps over slots, PagedTrialSetting over pages."""
+
+    def steps(self, num_rows: int) -> Callable[[], Step]:
+        """Makes one and the same step of that many rows, as often as it is called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +75,14 @@ class TrialSetting:
         source = Source(str(row).encode(), 1 + (3 * row + 4) % CAPACITY, (0,)) if self.cross_shapes else None
         sequence = Sequence(row, token_ids, SamplingParams(max_tokens=1), arrival_time_s=0.0, source=source)
         return ScheduledSequence(sequence, length - 1, 1, 1)
+
+
+def compare_logits(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest relative error of a row; raises NotFlat where that is more than rounding."""
+    error = judge(row_errors(logits, expected), expected.dtype)
+    if expected.dtype == torch.float32 and not torch.equal(logits.argmax(-1), expected.argmax(-1)):
+        raise NotFlat("greedy tokens differ from the eager step's")
+    return error
 
 
 def _filled(shapes: tuple[LayerShape, ...], num_slots: int, device: torch.device) -> SlotStorage:

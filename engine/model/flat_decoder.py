@@ -23,7 +23,7 @@ from engine.model.attention import NAME, NotFlat, flat_attention
 from engine.model.decoder_cache import StepCache
 from engine.model.positions import StepPositions
 from engine.model.runner import accepts
-from engine.model.step import FlatStep, flat_step, step_logit_rows
+from engine.model.step import Step, flat_step, step_logit_rows
 
 
 class FlatDecoder:
@@ -66,7 +66,7 @@ class FlatDecoder:
             self.undo()
             raise
 
-    def run(self, step: FlatStep) -> torch.Tensor:
+    def run(self, step: Step) -> torch.Tensor:
         """One flat step; logits [R, V] of the tokens that inputs.logit_rows names."""
         inputs = step.inputs
         more = {"decoder_position_ids": inputs.position_ids} if self._takes_positions else {}

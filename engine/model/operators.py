@@ -15,7 +15,8 @@ from torch import Tensor
 
 from engine.model.attention import AttentionCall, attend, attend_flat
 from engine.model.cross_attention import attend_cross
-from engine.model.step import FlatStep, current_step
+from engine.model.paged_step import PagedStep
+from engine.model.step import FlatStep, Step, current_step
 
 NAMESPACE = "transformers_openai_api"
 
@@ -29,9 +30,9 @@ _library.define("attend_cross(Tensor query, int layer, int value_dim, float scal
 _library.define("packed_linear(Tensor x, Tensor packed, Tensor? bias) -> Tensor")  # type: ignore[no-untyped-call]
 
 
-def _step() -> FlatStep:
+def _step() -> Step:
     step = current_step()
-    if not isinstance(step, FlatStep):
+    if not isinstance(step, FlatStep | PagedStep):
         raise RuntimeError("a compiled step ran outside of a step")
     return step
 
@@ -53,21 +54,32 @@ def _attend(
     which the model's layers came to theirs.
     """
     step = _step()
-    table = None if bias is None else tuple(step.biases.values())[bias]
-    call = AttentionCall(scaling, window, softcap, sinks, table)
     num_rows = step.inputs.input_ids.shape[1]
+    call = AttentionCall(scaling, window, softcap, sinks, None if bias is None else _table(step, bias))
     if num_rows == query.shape[2]:
-        return attend_flat(step.inputs, layer, query, key, value, call).contiguous()
+        return _attend_rows(step, layer, query, key, value, call).contiguous()
     rows = slice(num_rows)
     output = query.new_zeros((1, query.shape[2], query.shape[1], value.shape[3]))
-    output[:, rows] = attend_flat(step.inputs, layer, query[:, :, rows], key[:, :, rows], value[:, :, rows], call)
+    output[:, rows] = _attend_rows(step, layer, query[:, :, rows], key[:, :, rows], value[:, :, rows], call)
     return output
+
+
+def _attend_rows(step: Step, layer: int, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
+    if isinstance(step, PagedStep):
+        return step.attend_in(layer, query, key, value, call)
+    return attend_flat(step.inputs, layer, query, key, value, call)
+
+
+def _table(step: Step, number: int) -> Tensor:
+    if isinstance(step, PagedStep):
+        raise TypeError("paged KV does not serve a position bias")
+    return tuple(step.biases.values())[number]
 
 
 def _attend_cross(query: Tensor, layer: int, value_dim: int, scaling: float, softcap: float | None) -> Tensor:
     """One layer's cross-attention of [1, H, B, Dk] rows: [1, B, H, Dv], zeros for rows that only fill the bucket."""
     step = _step()
-    cross = step.cross
+    cross = step.cross if isinstance(step, FlatStep) else None
     if cross is None:
         raise RuntimeError("a compiled step wants an encoder's output, and this step has none")
     cross.num_calls = layer

@@ -44,9 +44,12 @@ def attend_blocks(
             cached[table].flatten(0, 1)[:length].transpose(0, 1).repeat_interleave(num_groups, 0)
             for cached in (keys, values)
         )
+        # What the step's tensors say, not its numbers: those of a captured step are bounds.
+        past_last = inputs.context_lens[row]
         positions = torch.arange(length, device=query.device)
-        query_positions = positions[length - num_queries :, None]
+        query_positions = (past_last - num_queries + torch.arange(num_queries, device=query.device))[:, None]
         mask = positions <= query_positions
+        own_values = own_values.masked_fill((positions >= past_last)[:, None], 0)  # a weight of 0 times NaN is NaN
         if call.window is not None:
             mask &= positions > query_positions - call.window
         own = query[first : first + num_queries].transpose(0, 1)

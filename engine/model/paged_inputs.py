@@ -2,6 +2,9 @@
 
 Knows nothing of models or of how attention is computed.
 Called by model/paged_runner.py once a step; model/paged_attention.py reads the result once a layer.
+
+On the way stands a PagedLayout, all of it on the host: a captured step (engine/graphs/) copies it into tensors of its
+own, which stay where they are.
 """
 
 from __future__ import annotations
@@ -42,7 +45,8 @@ class PagedInputs:
         context_lens: [S], keys that a sequence's last token sees, its own included.
         block_tables: [S, M]; position p of a sequence is in block p // BLOCK_SIZE of its row; the rest is 0.
         num_singles: how many sequences have one token.
-        query_lens, lengths: query lengths and context_lens, as numbers.
+        query_lens, lengths: query lengths and context_lens, as numbers. In a captured step lengths are no more than
+            bounds: what context_lens holds differs from replay to replay.
     """
 
     items: tuple[ScheduledSequence, ...]
@@ -87,6 +91,66 @@ class PagedInputs:
 
 
 def build_paged_inputs(batch: Batch, table_of: Callable[[Sequence], array[int]], device: torch.device) -> PagedInputs:
+    """Lay a batch out flat, with the block tables of its sequences, on the device."""
+    return lay_out(batch, table_of).to(device)
+
+
+@dataclass(frozen=True, slots=True)
+class PagedLayout:
+    """A step as the host knows it; the fields are those of PagedInputs.
+
+    Args:
+        tables: of each sequence, the blocks that its context is in.
+    """
+
+    items: tuple[ScheduledSequence, ...]
+    input_ids: Ids
+    position_ids: Ids
+    logit_rows: Ids
+    slot_mapping: Ids
+    query_lens: tuple[int, ...]
+    lengths: tuple[int, ...]
+    tables: tuple[Ids, ...]
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every sequence has one token here."""
+        return len(self.query_lens) == len(self.input_ids)
+
+    def to(self, device: torch.device) -> PagedInputs:
+        """The tensors, by one copy."""
+        block_tables = np.zeros((len(self.tables), max(map(len, self.tables), default=0)), np.int64)
+        for row, table in enumerate(self.tables):
+            block_tables[row, : len(table)] = table
+        parts = to_device(
+            [
+                self.input_ids,
+                self.position_ids,
+                self.logit_rows,
+                self.slot_mapping,
+                np.cumsum([0, *self.query_lens]),
+                np.array(self.lengths, np.int64),
+                block_tables.ravel(),
+            ],
+            device,
+        )
+        ids, places, rows, slot_mapping, query_starts, context_lens, flat_tables = parts
+        return PagedInputs(
+            items=self.items,
+            input_ids=ids[None],
+            position_ids=places[None],
+            logit_rows=rows,
+            slot_mapping=slot_mapping,
+            query_starts=query_starts,
+            context_lens=context_lens,
+            block_tables=flat_tables.view(block_tables.shape),
+            num_singles=sum(1 for length in self.query_lens if length == 1),
+            query_lens=self.query_lens,
+            lengths=self.lengths,
+        )
+
+
+def lay_out(batch: Batch, table_of: Callable[[Sequence], array[int]]) -> PagedLayout:
     """Lay a batch out flat, with the block tables of its sequences."""
     items = tuple(sorted(batch.items, key=lambda item: item.num_tokens > 1))
     tables = [np.frombuffer(table_of(item.sequence), dtype=np.int64) for item in items]
@@ -100,38 +164,17 @@ def build_paged_inputs(batch: Batch, table_of: Callable[[Sequence], array[int]],
         own = np.arange(item.start, item.stop)
         positions.append(own)
         slots.append(table[own // BLOCK_SIZE] * BLOCK_SIZE + own % BLOCK_SIZE)
-    query_lens = tuple(item.num_tokens for item in items)
     lengths = tuple(item.stop for item in items)
-    block_tables = np.zeros((len(items), max((-(-length // BLOCK_SIZE) for length in lengths), default=0)), np.int64)
-    for row, table in enumerate(tables):
-        used = -(-lengths[row] // BLOCK_SIZE)
-        block_tables[row, :used] = table[:used]
     empty = [np.zeros(0, np.int64)]
-    parts = to_device(
-        [
-            np.array(token_ids, np.int64),
-            np.concatenate(positions or empty),
-            np.array(logit_rows, np.int64),
-            np.concatenate(slots or empty),
-            np.cumsum([0, *query_lens]),
-            np.array(lengths, np.int64),
-            block_tables.ravel(),
-        ],
-        device,
-    )
-    ids, places, rows, slot_mapping, query_starts, context_lens, flat_tables = parts
-    return PagedInputs(
+    return PagedLayout(
         items=items,
-        input_ids=ids[None],
-        position_ids=places[None],
-        logit_rows=rows,
-        slot_mapping=slot_mapping,
-        query_starts=query_starts,
-        context_lens=context_lens,
-        block_tables=flat_tables.view(block_tables.shape),
-        num_singles=sum(1 for length in query_lens if length == 1),
-        query_lens=query_lens,
+        input_ids=np.array(token_ids, np.int64),
+        position_ids=np.concatenate(positions or empty),
+        logit_rows=np.array(logit_rows, np.int64),
+        slot_mapping=np.concatenate(slots or empty),
+        query_lens=tuple(item.num_tokens for item in items),
         lengths=lengths,
+        tables=tuple(table[: -(-length // BLOCK_SIZE)] for table, length in zip(tables, lengths, strict=True)),
     )
 
 

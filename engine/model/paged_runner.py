@@ -9,22 +9,31 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from engine.kv.paged import PagedStorage
 from engine.kv.pool import CrossOp, StorageOp
 from engine.model.chosen_ids import ChosenIds
-from engine.model.paged_inputs import PagedInputs, build_paged_inputs
+from engine.model.paged_inputs import PagedInputs, PagedLayout, lay_out
 from engine.model.paged_step import PagedStep
-from engine.model.runner import StepLogits, accepts
-from engine.model.step import flat_step
+from engine.model.runner import FlatModel, StepLogits, StepProgram
 from engine.scheduler import Batch
 from engine.sequence import Sequence
 
 if TYPE_CHECKING:
     from engine.model.paged_step import PagedAttention
+
+
+class CapturedSteps(Protocol):
+    """What may compute a step in the program's place; graphs/steps.py has them."""
+
+    def run(self, layout: PagedLayout, input_ids: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Logits [R, V], good until the next step; None where the program is to compute it.
+
+        `input_ids`, int64 [1, T] on the device, stand in the place of the layout's where they are given.
+        """
 
 
 class PagedRunner:
@@ -49,12 +58,12 @@ class PagedRunner:
         attention: PagedAttention,
         device: torch.device,
     ) -> None:
-        self.model = model
         self.storage = storage
         self.table_of = table_of
         self.attention = attention
         self.device = device
-        self._keeps_rows = accepts(model, "logits_to_keep")
+        self.program: StepProgram = FlatModel(model)
+        self.captured: CapturedSteps | None = None
 
     def apply(self, ops: Iterable[StorageOp]) -> None:
         """Resize storage as the accounting decided."""
@@ -64,20 +73,19 @@ class PagedRunner:
         """Compute a batch; the blocks of its sequences gain its tokens' K and V.
 
         Returns:
-            Logits [R, V] in the model's dtype.
+            Logits [R, V] in the model's dtype, good until the next forward.
         """
-        inputs = build_paged_inputs(batch, self.table_of, self.device)
-        if chosen_ids is not None:
-            inputs = replace(inputs, input_ids=chosen_ids.inputs_for(inputs.items))
-        return StepLogits(inputs.items, self.run(inputs))
+        layout = lay_out(batch, self.table_of)
+        input_ids = None if chosen_ids is None else chosen_ids.inputs_for(layout.items)
+        logits = None if self.captured is None else self.captured.run(layout, input_ids)
+        if logits is None:
+            inputs = layout.to(self.device)
+            logits = self.run(inputs if input_ids is None else replace(inputs, input_ids=input_ids))
+        return StepLogits(layout.items, logits)
 
     def run(self, inputs: PagedInputs) -> torch.Tensor:
         """The model over flat inputs; logits [R, V]."""
-        kwargs: dict[str, Any] = {"logits_to_keep": inputs.logit_rows} if self._keeps_rows else {}
-        with flat_step(PagedStep(inputs, self.storage, self.attention)):
-            output = self.model(input_ids=inputs.input_ids, position_ids=inputs.position_ids, use_cache=False, **kwargs)
-        logits: torch.Tensor = output.logits[0]
-        return logits if self._keeps_rows else logits[inputs.logit_rows]
+        return self.program.run(PagedStep(inputs, self.storage, self.attention))
 
     def forget(self, sequence: Sequence) -> None:
         """Nothing: what a sequence owns is its blocks, and the accounting takes those back."""

@@ -40,8 +40,15 @@ class PagedStep:
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall) -> torch.Tensor:
         """The next layer: [1, H, T, Dk], [1, Hkv, T, Dk], [1, Hkv, T, Dv] -> [1, T, H, Dv]; writes its K and V."""
-        keys, values = self.storage.keys[self.num_calls], self.storage.values[self.num_calls]
+        layer = self.num_calls
         self.num_calls += 1
+        return self.attend_in(layer, query, key, value, call)
+
+    def attend_in(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall
+    ) -> torch.Tensor:
+        """As attend, in a layer that is named."""
+        keys, values = self.storage.keys[layer], self.storage.values[layer]
         write(keys, key[0].transpose(0, 1), self.inputs.slot_mapping)
         write(values, value[0].transpose(0, 1), self.inputs.slot_mapping)
         return self.attention(query[0].transpose(0, 1), keys, values, self.inputs, call)[None]

@@ -21,7 +21,7 @@ from engine.kv.slots import SlotStorage
 from engine.model.chosen_ids import ChosenIds
 from engine.model.inputs import FlatInputs, build_inputs
 from engine.model.module_state import ModuleState
-from engine.model.step import FlatStep, flat_step
+from engine.model.step import FlatStep, Step, flat_step
 from engine.scheduler import Batch, ScheduledSequence
 from engine.sequence import Sequence, Source
 
@@ -59,12 +59,12 @@ def accepts(model: torch.nn.Module, name: str) -> bool:
 
 
 class StepProgram(Protocol):
-    """What computes a flat step: a lane's own, or compiled steps in its place."""
+    """What computes a flat step, over slots or pages: a lane's own, or compiled steps in its place."""
 
     model: Any
 
-    def run(self, step: FlatStep) -> torch.Tensor:
-        """Logits [R, V] of the tokens that inputs.logit_rows names; slots gain the tokens' K and V."""
+    def run(self, step: Step) -> torch.Tensor:
+        """Logits [R, V] of the tokens that inputs.logit_rows names; slots or pages gain the tokens' K and V."""
 
 
 class FlatModel:
@@ -78,7 +78,7 @@ class FlatModel:
         self.model = model
         self._keeps_rows = accepts(model, "logits_to_keep")
 
-    def run(self, step: FlatStep) -> torch.Tensor:
+    def run(self, step: Step) -> torch.Tensor:
         """As StepProgram.run."""
         inputs = step.inputs
         kwargs: dict[str, Any] = {"logits_to_keep": inputs.logit_rows} if self._keeps_rows else {}

@@ -41,6 +41,9 @@ class FlatStep:
     biases: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
+Step = FlatStep | PagedStep  # a forward whose K and V are kept, in slots or in pages
+
+
 @dataclass(slots=True)
 class Recording:
     """What a probing forward saw: one entry an attention call."""

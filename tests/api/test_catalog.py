@@ -96,12 +96,15 @@ def test_a_server_that_loads_is_healthy_but_not_ready(harness: MakeHarness, monk
         may_load.set()
 
 
-def test_health_and_metrics_show_what_is_compiled(harness: MakeHarness) -> None:
+def test_health_and_metrics_show_what_is_compiled_and_captured(harness: MakeHarness) -> None:
     async def scenario() -> None:
         async with harness(torch_compile=True) as h:
             await post(h, HELLO)
-            assert (await h.client.get("/health")).json()["compiled_batch_sizes"] == [1, 4]
-            assert "transformers_openai:num_compiled_batch_sizes 2.0" in (await h.client.get("/metrics")).text
+            health = (await h.client.get("/health")).json()
+            assert (health["compiled_batch_sizes"], health["graph_batch_sizes"]) == ([1, 4], [8])
+            metrics = (await h.client.get("/metrics")).text
+            assert "transformers_openai:num_compiled_batch_sizes 2.0" in metrics
+            assert "transformers_openai:num_graph_batch_sizes 1.0" in metrics
         async with harness() as h:
             assert "compiled_batch_sizes" not in (await h.client.get("/health")).json()
 

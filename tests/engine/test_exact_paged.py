@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -147,7 +148,7 @@ def test_static_storage_that_fails_is_emptied_where_it_is() -> None:
     engine.add(greedy(0, prompt, 20))
     engine.step()
 
-    def fail_once(_ops: object) -> None:
+    def fail_once(ops: Iterable[Any]) -> None:
         engine.runner.apply = apply  # type: ignore[method-assign]
         raise RuntimeError("lost")
 

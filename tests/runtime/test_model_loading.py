@@ -215,5 +215,21 @@ def test_options_of_compiling_reach_the_engine(tmp_path: Path) -> None:
     assert not model_loading._compile_config(settings, "cuda").is_autotuned  # its mode is the default, not asked for
     with pytest.raises(StartupError, match="--torch-compile True: should be with --accelerator-type cpu or cuda"):
         model_loading._compile_config(settings, "mps")
-    with pytest.raises(StartupError, match="--torch-compile-mode max-autotune: captures CUDA graphs"):
-        model_loading._compile_config(tuned, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("mode", "is_autotuned", "has_graphs"),
+    [
+        ("default", False, False),
+        ("reduce-overhead", False, True),
+        ("max-autotune", True, True),
+        ("max-autotune-no-cudagraphs", True, False),
+    ],
+)
+def test_graphs_are_captured_on_cuda_where_the_mode_means_them(
+    mode: str, is_autotuned: bool, has_graphs: bool, tmp_path: Path
+) -> None:
+    settings = Settings(torch_compile=True, torch_compile_mode=mode, cache_dir=str(tmp_path))
+    on_cuda, on_cpu = (model_loading._compile_config(settings, device) for device in ("cuda", "cpu"))
+    assert (on_cuda.is_autotuned, on_cuda.has_graphs) == (is_autotuned, has_graphs)
+    assert (on_cpu.is_autotuned, on_cpu.has_graphs) == (is_autotuned, False)

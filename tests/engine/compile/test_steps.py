@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from engine.build import build_engine
-from engine.compile.steps import Call, bucket_sizes
+from engine.compile.steps import Call, CompiledSteps, bucket_sizes
 from engine.config import CompileConfig, EngineConfig
 from engine.engine import Engine
 from engine.model.linear import PackedLinear, _packed_form
@@ -129,7 +129,7 @@ def test_code_that_is_slower_never_serves(tmp_path: Path) -> None:
 
 
 def steps_of(engine: Engine) -> Any:
-    assert engine.compiled is not None
+    assert isinstance(engine.compiled, CompiledSteps)
     return engine.compiled.program
 
 
