@@ -109,7 +109,7 @@ class Compiler:
                 self._report(Package(size, found, None))
         if not missing:
             return
-        if self._skeleton.specs[0].device == "cpu" and not any(map(shutil.which, _CXX)):
+        if not any(map(shutil.which, _CXX)):  # for CUDA too: what launches the kernels is C++
             for size in missing:
                 self._report(Failure(size, f"no C++ compiler was found (one of {', '.join(_CXX)})"))
             return

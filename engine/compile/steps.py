@@ -48,7 +48,8 @@ Call = Callable[[list[torch.Tensor]], Series[torch.Tensor]]  # [*tensors, ids, p
 
 def load_package(package: Package) -> Call:
     """Compiled code, to be called; raises RuntimeError where it cannot be loaded."""
-    return torch._inductor.aoti_load_package(str(package.path)).loader.run
+    # One thread calls it, and its bookkeeping for several asks events whether they are done, which breaks a capture.
+    return torch._inductor.aoti_load_package(str(package.path), run_single_threaded=True).loader.run
 
 
 class CompiledCode:
@@ -70,7 +71,8 @@ class CompiledCode:
         inputs = step.inputs
         num_rows = inputs.input_ids.shape[1]
         ids, positions = inputs.input_ids, inputs.position_ids
-        if num_rows < self.size:
+        # Generated kernels take aligned addresses for granted; to pad by nothing is to copy.
+        if num_rows < self.size or any(tensor.data_ptr() % 16 for tensor in (ids, positions)):
             ids, positions = (F.pad(tensor, (0, self.size - num_rows)) for tensor in (ids, positions))
         with flat_step(step):
             logits: torch.Tensor = self._call([*self._tensors, ids, positions])[0]

@@ -102,6 +102,11 @@ class CudaRecorder:
             torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
         with suppress(Exception):
             graph.reset()
+        # Nor is the generator of random numbers told that it is no longer within a capture: it gets a new state.
+        with suppress(Exception):
+            generator = torch.cuda.default_generators[self._device.index]
+            state = torch.Generator(self._device).manual_seed(generator.initial_seed())
+            generator.graphsafe_set_state(state)
 
 
 def recorder_for(device: torch.device) -> Recorder | None:

@@ -15,14 +15,16 @@ from typing import Any
 import torch
 
 from engine.compile.compiler import Compiler, Package
+from engine.compile.paged_trial import PagedTrialSetting
 from engine.compile.skeleton import take_skeleton
 from engine.compile.steps import Call, CompiledCode, CompiledSteps
 from engine.compile.tracing import trace_step
-from engine.compile.trial import TrialSetting
+from engine.compile.trial import Trials, TrialSetting
 from engine.engine import Engine
+from engine.model.paged_runner import PagedRunner
 from engine.model.runner import FlatRunner, StepProgram
 from engine.model.seq2seq import Seq2SeqRunner
-from engine.model.step import FlatStep
+from engine.model.step import Step
 
 
 class InlineCompiler(Compiler):
@@ -34,7 +36,7 @@ class InlineCompiler(Compiler):
             self._report(Package(size, self.directory / str(size), None))
 
 
-def quick(program: StepProgram | CompiledCode, step: FlatStep) -> float:
+def quick(program: StepProgram | CompiledCode, step: Step) -> float:
     """Compiled code is always the faster."""
     program.run(step)
     return 0.5 if isinstance(program, CompiledCode) else 1.0
@@ -50,11 +52,13 @@ def compile_inline(
 ) -> CompiledSteps:
     """Give an engine compiled steps; `change` makes of each graph what is called in its place."""
     runner = engine.runner
-    assert isinstance(runner, FlatRunner | Seq2SeqRunner)
+    assert isinstance(runner, FlatRunner | Seq2SeqRunner | PagedRunner)
     program = runner.program
     skeleton, tensors = take_skeleton(program, program.model)
     shapes, vocab_size = runner.storage.shapes, engine.sampler.vocab_size
-    setting = TrialSetting(shapes, vocab_size, runner.device)
+    setting: Trials = TrialSetting(shapes, vocab_size, runner.device)
+    if isinstance(runner, PagedRunner):
+        setting = PagedTrialSetting(shapes, vocab_size, engine.config.max_model_len, runner.device, runner.attention)
     if isinstance(runner, Seq2SeqRunner):
         decoder = runner.decoder
         crossing = (runner.cross_storage.shapes, decoder.marker, decoder.biases)

@@ -16,6 +16,8 @@ from engine.config import CompileConfig, EngineConfig
 from engine.engine import Engine
 from engine.model.linear import PackedLinear, _packed_form
 from engine.model.loader import describe
+from engine.model.paged_attention import attend_blocks
+from engine.model.paged_runner import PagedRunner
 from tests import zoo, zoo_seq2seq
 from tests.engine import test_exact_seq2seq as seq2seq
 from tests.engine.compile.inline import compile_inline, settle
@@ -45,6 +47,23 @@ def test_a_causal_lm_gives_the_tokens_of_generate_as_sequences_come_and_go(name:
     prompts = [zoo.prompt(length, seed=length) for length in LENGTHS]
     expected = [reference(name, prompt, NUM_TOKENS) for prompt in prompts]
     engine = engine_for(name, max_num_seqs=4)
+    calls: list[int] = []
+    compile_inline(engine, tmp_path, (1, 4), change=counted(calls))
+    settle(engine, 2)
+    assert engine.stats().compiled_batch_sizes == (1, 4)
+    calls.clear()
+    outputs = drive(engine, [greedy(n, prompt, NUM_TOKENS) for n, prompt in enumerate(prompts)])
+    assert [tokens(outputs[n]) for n in range(len(prompts))] == expected
+    assert {1, 4} == set(calls)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gpt_oss"])
+def test_steps_over_pages_are_compiled_too(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.build.kernel_for", lambda _device: attend_blocks)
+    prompts = [zoo.prompt(length, seed=length) for length in LENGTHS]
+    expected = [reference(name, prompt, NUM_TOKENS) for prompt in prompts]
+    engine = engine_for(name, max_num_seqs=4)
+    assert isinstance(engine.runner, PagedRunner)
     calls: list[int] = []
     compile_inline(engine, tmp_path, (1, 4), change=counted(calls))
     settle(engine, 2)
