@@ -8,11 +8,12 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.build import _pools, _Store
+from engine.build import _pools
 from engine.config import EngineConfig
 from engine.kv.pool import SlotOp, SlotPool, size_classes
 from engine.model.blueprint import Widths
 from engine.model.kv_cost import KVCost
+from engine.static_cache import Store
 from runtime.plan import Demand, estimate_activations, make_plan
 
 FLAT = KVCost("flat", False, "", bytes_per_token=1000)
@@ -126,7 +127,7 @@ def test_as_many_encoder_decoder_sequences_fit_as_the_engine_s_two_pools_hand_ou
         free_bytes=10**9,
     )
     config = EngineConfig(max_num_seqs=100, max_batch_tokens=100, max_model_len=max_model_len, kv_budget_bytes=budget)
-    stores = [_Store("decoder", per_token, max_model_len), _Store("encoder", per_position, max_source_len)]
+    stores = [Store("decoder", per_token, max_model_len), Store("encoder", per_position, max_source_len)]
     try:
         pools = _pools(config, stores)
     except ValueError:
