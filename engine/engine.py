@@ -151,6 +151,7 @@ class Engine:
         if self.profiler is not None:
             self.profiler.again()
 
+    @torch.inference_mode()
     def on_idle(self) -> None:
         """Give memory back that nobody uses, and check that nothing leaked."""
         self.kv.give_back(KEPT_TOKENS_WHEN_IDLE)

@@ -77,6 +77,16 @@ def test_a_row_of_nan_fails_alone_and_is_never_shared() -> None:
     assert tokens(again[7]) == reference("llama", prompts[1], 10)
 
 
+def test_what_a_row_of_nan_left_behind_can_be_cleared_when_idle() -> None:
+    engine, faulty = _faulty_engine()
+    faulty.nan_for = {0}
+    outputs = drive(engine, [greedy(0, zoo.prompt(20), 5)])
+    assert isinstance(outputs[0][-1].error, NonFiniteLogits)
+    engine.on_idle()
+    prompt = zoo.prompt(30, seed=1)
+    assert tokens(drive(engine, [greedy(1, prompt, 5)])[1]) == reference("llama", prompt, 5)
+
+
 def test_a_forward_that_raises_fails_its_batch_and_the_next_request_is_served() -> None:
     engine, faulty = _faulty_engine()
     faulty.raise_once = True
