@@ -17,18 +17,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from config import Settings
 from engine.errors import EngineDead, NotServing, RequestTimeout, ServerError, UnsupportedParameter
-from engine.sequence import EngineStats, Sequence, SequenceOutput
+from engine.sequence import EngineStats, Sequence, SequenceOutput, TokenGrammar
 from runtime.admission import Admission
 from runtime.beam_search import BeamResult, beam_search
 from runtime.beams import BeamParams
 from runtime.engine_thread import IDLE_AFTER_S, EngineThread, StepEngine
 from runtime.generation import GenerationRequest
+from runtime.grammars import Grammars
 from runtime.model_loading import LoadedStack, ModelInfo, Progress, load_model_stack
 from runtime.output_queue import OutputQueue
 from runtime.transcription import TranscriptionEvent, TranscriptionRequest
 
 if TYPE_CHECKING:
     from runtime.transcriber import Transcriber
+    from text.grammar import GrammarSpec
     from text.prompt import PromptEncoder
 
 __all__ = ["GenerationRequest", "LoadedStack", "ModelInfo", "ModelManager", "Progress", "load_model_stack"]
@@ -67,6 +69,7 @@ class ModelManager:
         self._stats = EngineStats()
         self._stack: LoadedStack | None = None
         self._transcriber: Transcriber | None = None
+        self._grammars: Grammars | None = None
         self._thread = EngineThread(
             self._open_engine,
             self,
@@ -179,6 +182,8 @@ class ModelManager:
         self._thread.stop()
         if self._transcriber is not None:
             self._transcriber.close()
+        if self._grammars is not None:
+            self._grammars.close()
         if self._loaded is None or self._loaded.done():  # loading cannot be interrupted: no use waiting for it
             await asyncio.to_thread(self._thread.join, CLOSE_S)
 
@@ -251,6 +256,12 @@ class ModelManager:
     async def search(self, request: GenerationRequest, params: BeamParams) -> BeamResult:
         """Searches with beams, see runtime/beam_search.py; cancelling it frees everything at once."""
         return await beam_search(self.generate, request, params, self.info.eos_token_ids)
+
+    async def grammar(self, spec: GrammarSpec, prompt_token_ids: Series[int]) -> TokenGrammar:
+        """The grammar of what the model generates after a prompt; raises GrammarError when it cannot be used."""
+        if self._grammars is None:
+            self._grammars = Grammars(self.tokenizer, self.info.vocab_size, self.info.eos_token_ids)
+        return await self._grammars.get(spec, prompt_token_ids)
 
     def transcribe(self, request: TranscriptionRequest) -> AsyncGenerator[TranscriptionEvent, None]:
         """Turns a recording into text, see Transcriber.transcribe; closing the iterator frees everything at once.

@@ -84,6 +84,50 @@ EarlyStopping = Annotated[
 ]
 
 
+class JsonSchemaFormat(WireModel):
+    """A JSON schema, and what it is called; its name and description are for the caller's own use."""
+
+    name: str | None = None
+    description: str | None = None
+    # Not `schema`, which pydantic's own class has.
+    schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(WireModel):
+    """What the output must be like, as OpenAI says it."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _check_type(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            rule = "needs json_schema" if self.type == "json_schema" else "cannot go with json_schema"
+            raise ValueError(f"type {self.type} {rule}")
+        return self
+
+
+def _json_kind(value: object) -> str:
+    return "|text" if isinstance(value, str) else "|flag" if isinstance(value, bool) else "|schema"
+
+
+# A schema as an object, or as its text.
+JsonSchema = Annotated[
+    Annotated[str, Tag("|text")] | Annotated[bool, Tag("|flag")] | Annotated[dict[str, Any], Tag("|schema")],
+    Discriminator(_json_kind),
+]
+
+
+class StructuredOutputs(WireModel):
+    """What the output must be like, as other servers of this API say it: one of these."""
+
+    json_: JsonSchema | None = Field(default=None, alias="json")
+    regex: str | None = None
+    grammar: str | None = None
+    choice: Items[str] | None = None
+
+
 class GenerationFields(WireModel):
     """What chat and text completions have in common; None is the same as absent everywhere."""
 
@@ -103,6 +147,12 @@ class GenerationFields(WireModel):
     seed: int | None = None
     stop: Stop | None = None
     stop_token_ids: Items[int] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: JsonSchema | None = None
+    guided_regex: str | None = None
+    guided_grammar: str | None = None
+    guided_choice: Items[str] | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     num_beams: int | None = None

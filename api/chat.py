@@ -17,6 +17,7 @@ from api.deps import CacheSalt, ChatBody, Parts, Place, UsesParts, check_reads_t
 from api.envelope import Envelope
 from api.fields import ignored_header, ignored_parameters
 from api.generation import Choice, ChoiceDelta, fold, run, usage
+from api.grammars import with_grammars
 from api.logprobs import chat_logprobs
 from api.params import SamplingPlan, chat_plan
 from api.prepare import log_parameters, make_choices
@@ -38,6 +39,7 @@ async def create_chat_completion(
     plan = chat_plan(body, parts.manager.info.vocab_size)
     ids = await chat_ids(parts.manager, body, plan.truncate)
     prompts = model_prompts(parts.manager, body, [ids], cache_salt=salt, param="messages")
+    prompts = await with_grammars(parts.manager, plan.grammar, prompts)
     choices = make_choices(request, parts, plan, prompts, cache_salt=salt, param="messages")
     return await respond(
         request,

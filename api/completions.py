@@ -18,6 +18,7 @@ from api.deps import CacheSalt, CompletionBody, Parts, Place, UsesParts, check_r
 from api.envelope import Envelope
 from api.fields import ignored_header, ignored_parameters
 from api.generation import Choice, ChoiceDelta, fold, run, usage
+from api.grammars import with_grammars
 from api.logprobs import CompletionLogprobs
 from api.params import SamplingPlan, completion_plan
 from api.prepare import check_num_sequences, log_parameters, make_choices
@@ -46,6 +47,7 @@ async def create_completion(
     check_num_sequences(len(prompts), plan.num_sequences)
     all_ids = await completion_ids(manager, prompts, plan.truncate)
     made = model_prompts(manager, body, all_ids, cache_salt=salt, param="prompt")
+    made = await with_grammars(manager, plan.grammar, made)
     choices = make_choices(request, parts, plan, made, cache_salt=salt, param="prompt")
     echoes = (
         [_echo(parts, prompt, ids, plan.truncate) for prompt, ids in zip(prompts, all_ids, strict=True)]

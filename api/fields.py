@@ -34,15 +34,9 @@ _REFUSED_IN_GENERATION: dict[str, tuple[object, ...]] = {
     "best_of": (1,),
     "function_call": ("none",),
     "functions": ([],),
-    "guided_choice": ([],),
-    "guided_grammar": ("",),
-    "guided_json": ({}, ""),
-    "guided_regex": ("",),
     "modalities": ([], ["text"]),
     "moderation": ({},),
     "prediction": ({},),
-    "response_format": ({}, {"type": "text"}),
-    "structured_outputs": ({},),
     "suffix": ("",),
     "tool_choice": ("none",),
     "tools": ([],),
@@ -76,7 +70,11 @@ def ignored_parameters(body: GenerationFields, *, is_strict: bool) -> tuple[str,
         UnsupportedParameter: a field asks for something that this server does not do yet.
         InvalidValue: a field nobody knows, when strict.
     """
-    return (*_ignored(body.model_extra, _GENERATION, is_strict), *_ignored_stream_options(body, is_strict))
+    return (
+        *_ignored(body.model_extra, _GENERATION, is_strict),
+        *_ignored_stream_options(body, is_strict),
+        *_ignored_of_formats(body, is_strict),
+    )
 
 
 def ignored_form_fields(body: TranscriptionBody, *, is_strict: bool) -> tuple[str, ...]:
@@ -122,6 +120,16 @@ def _ignored_stream_options(body: GenerationFields, is_strict: bool) -> Iterator
     if options.include_obfuscation:
         yield "stream_options.include_obfuscation"
     yield from _unknown("stream_options", options.model_extra, is_strict)
+
+
+def _ignored_of_formats(body: GenerationFields, is_strict: bool) -> Iterator[str]:
+    wanted = body.response_format
+    if wanted is not None:
+        yield from _unknown("response_format", wanted.model_extra, is_strict)
+        if wanted.json_schema is not None:
+            yield from _unknown("response_format.json_schema", wanted.json_schema.model_extra, is_strict)
+    if body.structured_outputs is not None:
+        yield from _unknown("structured_outputs", body.structured_outputs.model_extra, is_strict)
 
 
 def _unknown(field: str, extra: Mapping[str, Any] | None, is_strict: bool) -> Iterator[str]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from api import bounds
 from api.beam_plan import beam_params
+from api.grammars import GrammarPlan, grammar_plan
 from engine.errors import ContextLengthExceeded, InvalidValue
 from engine.sequence import SamplingParams
 from models import ChatCompletionRequest, CompletionRequest, GenerationFields
@@ -53,6 +54,7 @@ class SamplingPlan:
         truncate: how many of a prompt's last tokens to keep; None for all.
         service_tier: under which the answer says it was served.
         beams: how to search; None for drawing each choice by itself.
+        grammar: what the output must be like; None for anything.
     """
 
     params: SamplingParams
@@ -65,6 +67,7 @@ class SamplingPlan:
     truncate: int | None
     service_tier: str
     beams: BeamParams | None = None
+    grammar: GrammarPlan | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -112,6 +115,10 @@ def completion_plan(body: CompletionRequest, vocab_size: int) -> SamplingPlan:
     is_scoring = bool(body.echo) and (num_logprobs is not None or max_tokens == 0)
     if not is_scoring:
         return plan
+    if plan.grammar is not None and max_tokens == 0:
+        raise InvalidValue(
+            f"{plan.grammar.param} is given: it needs max_tokens of at least 1", param=plan.grammar.param
+        )
     if plan.beams is not None:
         raise InvalidValue("max_tokens is 0: it must be at least 1 with num_beams above 1", param="max_tokens")
     return dataclasses.replace(plan, params=dataclasses.replace(plan.params, num_prompt_logprobs=num_logprobs or 0))
@@ -147,6 +154,10 @@ def _plan(
     )
     num_choices = bounds.either(bounds.integer(body, "n", 1, MAX_CHOICES), 1)
     beams = beam_params(body, params, num_choices)
+    grammar = grammar_plan(body)
+    if beams is not None and grammar is not None:
+        rule = f"it cannot go with beam search (num_beams is {beams.num_beams})"
+        raise InvalidValue(f"{grammar.param} is given: {rule}", param=grammar.param)
     tier = _TIERS[body.service_tier or "auto"]
     priority = bounds.integer(body, "priority", -MAX_PRIORITY, MAX_PRIORITY)
     return SamplingPlan(
@@ -160,4 +171,5 @@ def _plan(
         truncate=bounds.integer(body, "truncate", 1),
         service_tier=tier,
         beams=beams,
+        grammar=grammar,
     )

@@ -45,7 +45,10 @@ def make_choices(
         ContextLengthExceeded: a prompt and its output do not fit.
     """
     max_model_len = parts.manager.info.max_model_len
-    params = [plan.for_prompt(len(prompt.token_ids), max_model_len, param) for prompt in prompts]
+    params = [
+        dataclasses.replace(plan.for_prompt(len(prompt.token_ids), max_model_len, param), grammar=prompt.grammar)
+        for prompt in prompts
+    ]
     seed = parts.seeds.getrandbits(63) if plan.seed is None else plan.seed
     choices = []
     for index in range(len(prompts) * plan.num_choices):

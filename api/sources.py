@@ -14,7 +14,7 @@ from typing import Any
 
 from api.errors import shown
 from engine.errors import ContextLengthExceeded, InvalidValue, UnsupportedParameter
-from engine.sequence import Source
+from engine.sequence import Source, TokenGrammar
 from model_manager import ModelInfo, ModelManager
 from models import GenerationFields
 
@@ -26,10 +26,12 @@ class ModelPrompt:
     Args:
         token_ids: what the decoder begins with.
         source: what the encoder reads; None where there is no encoder.
+        grammar: what must follow; None for anything.
     """
 
     token_ids: list[int]
     source: Source | None = None
+    grammar: TokenGrammar | None = None
 
 
 def model_prompts(

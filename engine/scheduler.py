@@ -303,6 +303,9 @@ class Scheduler:
         self._preempted.append(sequence)
         self.waiting.append(sequence)
 
+    def _is_eos(self, sequence: Sequence, token_id: int) -> bool:
+        return token_id in self.config.eos_token_ids and not sequence.params.ignore_eos
+
     def _output(self, sequence: Sequence, chosen: Chosen | None) -> SequenceOutput:
         """Append the chosen token and say whether the sequence ends; without one, only the prompt was scored."""
         finish_reason: FinishReason | None = None
@@ -311,9 +314,12 @@ class Scheduler:
         if chosen is not None:
             token_id = chosen.token_id
             sequence.output_token_ids.append(token_id)
-            is_eos = token_id in self.config.eos_token_ids and not params.ignore_eos
-            if (is_eos or token_id in params.stop_token_ids) and len(sequence.output_token_ids) >= params.min_tokens:
+            is_end = token_id in params.stop_token_ids or self._is_eos(sequence, token_id)
+            if is_end and len(sequence.output_token_ids) >= params.min_tokens:
                 finish_reason, stop_token_id = "stop", token_id
+            if sequence.grammar is not None and sequence.grammar.accept(token_id):
+                finish_reason = "stop"
+                stop_token_id = token_id if token_id in sequence.grammar.end_token_ids else stop_token_id
         has_all = len(sequence.output_token_ids) >= params.max_tokens
         if finish_reason is None and (has_all or sequence.num_tokens >= self.config.max_model_len):
             finish_reason = "length"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from engine.errors import ServerError
 
@@ -85,6 +85,32 @@ class PromptProbe:
     token_ids: tuple[int, ...]
 
 
+class GrammarState(Protocol):
+    """Where one sequence stands in its grammar."""
+
+    @property
+    def end_token_ids(self) -> frozenset[int]:
+        """Tokens that end the text and are no part of it; allowed where the grammar may end."""
+
+    def fill(self, bits: npt.NDArray[np.uint8]) -> str | None:
+        """Write which tokens may follow; returns why none can, when the grammar cannot be followed any further.
+
+        Args:
+            bits: [W], W a multiple of 4 and 8 * W at least the vocabulary size: bit i % 8 of byte i // 8 is set where
+                token i may follow.
+        """
+
+    def accept(self, token_id: int) -> bool:
+        """Go on by a token that was allowed; returns whether the text is complete and nothing may follow."""
+
+
+class TokenGrammar(Protocol):
+    """What a text must be like, over one vocabulary; shared by sequences."""
+
+    def start(self) -> GrammarState:
+        """The state of a sequence that has no output yet."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to choose tokens for one sequence; every field is already validated and resolved.
@@ -105,6 +131,9 @@ class SamplingParams:
         num_logprobs: None for none, else how many alternatives beside the chosen token's logprob (0-20).
         num_prompt_logprobs: the same for each prompt token after the first (`echo` with logprobs).
         token_rules: which tokens may be chosen; None for all.
+        grammar: what the output must be like; None for anything. It ends the sequence when it is complete and nothing
+            may follow, whatever min_tokens and ignore_eos say; while something may, these keep the end from being
+            chosen.
         probe: probabilities to tell from the prompt; None for none.
         is_aligning: tell where the alignment heads of a speech model look; only with max_tokens 0.
     """
@@ -125,6 +154,7 @@ class SamplingParams:
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
     token_rules: TokenRules | None = None
+    grammar: TokenGrammar | None = None
     probe: PromptProbe | None = None
     is_aligning: bool = False
 
@@ -136,7 +166,7 @@ class SamplingParams:
     @property
     def needs_history(self) -> bool:
         """Whether which tokens were chosen so far, and not only how many, decides how the next one is chosen."""
-        return self.has_penalty or self.token_rules is not None
+        return self.has_penalty or self.token_rules is not None or self.grammar is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +251,8 @@ class Sequence:
     # Below: the engine's own; no one else writes them.
     state: SequenceState = SequenceState.WAITING
     output_token_ids: list[int] = field(default_factory=list)
+    # After output_token_ids, so a preemption, which keeps these, keeps it.
+    grammar: GrammarState | None = field(init=False)
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     scheduled_time_s: float | None = None
@@ -230,6 +262,9 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     probed: tuple[float, ...] | None = None
     alignment: list[npt.NDArray[np.float32]] = field(default_factory=list)  # a chunk: [heads, tokens, positions]
+
+    def __post_init__(self) -> None:
+        self.grammar = None if self.params.grammar is None else self.params.grammar.start()
 
     @property
     def kv_salt(self) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,6 +41,12 @@ class TokenBytes:
     def is_byte_level(self) -> bool:
         """Whether text is the bytes of its tokens in a row, each token alone: the usual byte-level BPE."""
         return self._decoder == ["ByteLevel"]
+
+    @cached_property
+    def word_id(self) -> int | None:
+        """A token that is a space and more; None where there is none."""
+        ids = (i for i in range(len(self._tokenizer)) if i not in self.special_ids)
+        return next((i for i in ids if len(raw := self.raw(i)) > 1 and raw[0] == 0x20 and raw.strip().isalnum()), None)
 
     def raw(self, token_id: int) -> bytes:
         """The bytes of one token; empty for an id that no token has (padded vocabularies)."""

@@ -1,5 +1,5 @@
-"""Changes logits before temperature: logit_bias, the three penalties and min_tokens, touching only the tokens
-concerned.
+"""Changes logits before temperature: logit_bias, the three penalties, grammars and min_tokens; but for grammars, only
+those of the tokens concerned.
 
 Knows nothing of drawing, filters or log-probabilities.
 Called by engine/sampling/sampler.py, which tells it when a sequence is gone.
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import InvalidValue
+from engine.sampling.grammar import GrammarMasks, is_held
 from engine.sequence import SamplingParams, Sequence
 from engine.transfer import upload
 
@@ -27,7 +28,9 @@ from engine.transfer import upload
 def is_unprocessed(sequence: Sequence) -> bool:
     """Whether the next token of `sequence` is chosen from the model's own logits."""
     params = sequence.params
-    return not params.logit_bias and params.min_tokens <= len(sequence.output_token_ids) and not params.has_penalty
+    if sequence.grammar is not None:
+        return False
+    return not (params.logit_bias or is_held(sequence) or params.has_penalty)
 
 
 class _SeenTokens:
@@ -87,6 +90,7 @@ class LogitsProcessors:
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(eos_token_ids)
         self._seen: dict[int, _SeenTokens] = {}
+        self._masks = GrammarMasks()
 
     def __len__(self) -> int:
         """How many sequences are tracked."""
@@ -97,7 +101,7 @@ class LogitsProcessors:
         self._seen.pop(sequence_id, None)
 
     def apply(self, logits: Tensor, rows: Rows[Sequence]) -> bool:
-        """Apply bias, then repetition, frequency and presence penalties, then min_tokens.
+        """Apply bias, then repetition, frequency and presence penalties, then grammars and min_tokens.
 
         Args:
             logits: [R, Vp] float32, changed in place.
@@ -107,18 +111,22 @@ class LogitsProcessors:
             Whether anything was changed.
 
         Raises:
-            InvalidValue: a bias names a token outside the vocabulary.
+            InvalidValue: a bias names a token outside the vocabulary, or a grammar cannot be followed any further.
         """
         biased = [(row, s) for row, s in enumerate(rows) if s.params.logit_bias]
         penalised = [(row, s) for row, s in enumerate(rows) if s.params.has_penalty]
-        held = [(row, s) for row, s in enumerate(rows) if len(s.output_token_ids) < s.params.min_tokens]
+        constrained = [(row, s) for row, s in enumerate(rows) if s.grammar is not None]
+        # A grammar decides by itself when its text may end.
+        held = [(row, s) for row, s in enumerate(rows) if s.grammar is None and is_held(s)]
         if biased:
             self._add_bias(logits, biased)
         if penalised:
             self._penalise(logits, penalised)
+        if constrained:
+            self._masks.apply(logits, constrained)
         if held:
             self._forbid_end(logits, held)
-        return bool(biased or penalised or held)
+        return bool(biased or penalised or constrained or held)
 
     def _add_bias(self, logits: Tensor, rows: Rows[tuple[int, Sequence]]) -> None:
         width = logits.shape[1]

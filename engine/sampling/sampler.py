@@ -4,11 +4,11 @@ Knows nothing of text, KV or scheduling; a row's result depends on its own logit
 its neighbours. Called by engine/flight.py, once a step: launch() tells the device what to choose, and what it returns
 is collected when the host needs to know.
 
-    raw logits ─ finite? ─ token rules ─ logprobs ─ bias, penalties, min_tokens ─┬─ greedy: argmax
-                                                                                  ├─ plain: temperature, draw from
-                                                                                  │  the softmax
-                                                                                  └─ filtered: temperature, top_k,
-                                                                                     top_p, min_p, draw
+    raw logits ─ finite? ─ token rules ─ logprobs ─ bias, penalties, grammar, min_tokens ─┬─ greedy: argmax
+                                                                                           ├─ plain: temperature,
+                                                                                           │  draw from the softmax
+                                                                                           └─ filtered: temperature,
+                                                                                              top_k, top_p, min_p, draw
 """
 
 from __future__ import annotations
