@@ -33,6 +33,9 @@ LIMITS: dict[str, int | bool] = {
 }
 """Of LLParserLimits: what a grammar may take to be compiled, and at each step."""
 
+# What llguidance says where the text could go on, but by no token.
+_DEAD_END = "NoExtensionBias"
+_NOTHING_FOLLOWS = "no token of this model's vocabulary may follow"
 _MAX_REASON = 300
 _REPEATED_LINE = re.compile(r"\s*(\d+ \||\^)")
 _WHITESPACE = rf"[\x20\x0A\x0D\x09]{{1,{MAX_WHITESPACE}}}"
@@ -74,7 +77,7 @@ def grammar_source(spec: GrammarSpec, *, drops_first_space: bool) -> str:
         choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in json.loads(spec.text))
         return _lark(f"start: {space}({choices})\n")
     if spec.kind == "regex":
-        return _lark(_regex_rule(spec.text).replace("start: ", f"start: {space}", 1))
+        return _lark(f"start: {space}{_regex(spec.text)}\n")
     return _nested(space, {"lark_grammar": spec.text}) if space else _lark(spec.text)
 
 
@@ -88,10 +91,11 @@ def _nested(space: str, output: dict[str, Any]) -> str:
     return json.dumps({"grammars": [start, {"name": "output", **output}]})
 
 
-def _regex_rule(regex: str) -> str:
-    from llguidance import LLMatcher
+def _regex(regex: str) -> str:
+    """As Lark's notation has it; `\\d` is 0 to 9, not the digits of all scripts."""
+    from llguidance import regex_to_lark
 
-    return str(json.loads(LLMatcher.grammar_from_regex(regex))["grammars"][0]["lark_grammar"])
+    return f"/{regex_to_lark(regex, 'd')}/"
 
 
 def _read_schema(text: str) -> Any:
@@ -188,8 +192,9 @@ class MatcherState:
             matcher.unsafe_compute_mask_ptr(bits.ctypes.data, self._grammar.num_bytes)
         if matcher.is_error():
             bits.fill(0)  # what is written then would let the text end
-            return _reason(matcher) or "it is too complex"
-        return None if bits.any() else "no token of the vocabulary may follow"
+            reason = _reason(matcher)
+            return _NOTHING_FOLLOWS if reason in ("", _DEAD_END) else reason
+        return None if bits.any() else _NOTHING_FOLLOWS
 
     def accept(self, token_id: int) -> bool:
         """Go on by a token; returns whether the text is complete and nothing may follow."""

@@ -110,7 +110,12 @@ def _piece_reader(tokenizer: PreTrainedTokenizerBase, decoder: list[Any]) -> Cal
         return lambda piece: (piece.removesuffix(suffix) + " " if piece.endswith(suffix) else piece).encode()
     if decoder or _has_space_mark(tokenizer):
         return _read_sentencepiece
-    return lambda piece: str(tokenizer.convert_tokens_to_string([piece])).encode(errors="replace")
+    return lambda piece: str(tokenizer.convert_tokens_to_string([piece])).encode(errors="replace") or _read_lone(piece)
+
+
+def _read_lone(piece: str) -> bytes:
+    """A byte that is no character by itself: vocabularies of bytes in Python write each as the character of its number."""
+    return bytes([ord(piece)]) if len(piece) == 1 and 0x80 <= ord(piece) <= 0xFF else b""
 
 
 def _has_space_mark(tokenizer: PreTrainedTokenizerBase) -> bool:
