@@ -7,6 +7,7 @@ Run as `python example_client.py [--base-url URL] [--api-key KEY] [--audio FILE]
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import warnings
@@ -62,6 +63,7 @@ def tour(client: OpenAI, audio: Path) -> None:
         stream(client, model)
         complete(client, model)
         show_logprobs(client, model)
+        fill_in_a_form(client, model)
     handle_an_error(client, family)
 
 
@@ -144,6 +146,29 @@ def show_logprobs(client: OpenAI, model: str) -> None:
     for entry in (logprobs.content if logprobs else None) or []:
         others = ", ".join(f"{other.token!r} {math.exp(other.logprob):.0%}" for other in entry.top_logprobs)
         print(f"{entry.token!r:>16} {math.exp(entry.logprob):>5.0%}   of {others}")
+
+
+def fill_in_a_form(client: OpenAI, model: str) -> None:
+    """An answer that is valid JSON of a given schema, whatever the model would rather say."""
+    _title("Structured output")
+    schema = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 20},
+            "age": {"type": "integer", "minimum": 0, "maximum": 120},
+            "mood": {"enum": ["happy", "sad"]},
+        },
+        "required": ["name", "age", "mood"],
+        "additionalProperties": False,
+    }
+    completion = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": "Tell me about somebody."}],
+        response_format={"type": "json_schema", "json_schema": {"name": "person", "schema": schema, "strict": True}},
+        max_tokens=200,
+        seed=1,
+    )
+    print(json.loads(completion.choices[0].message.content or ""))
 
 
 def convert(client: OpenAI, model: str) -> None:

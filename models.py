@@ -84,13 +84,24 @@ EarlyStopping = Annotated[
 ]
 
 
+# A schema as JSON has it, and also as its text.
+JsonSchema = Annotated[
+    Annotated[bool, Tag("|flag")] | Annotated[dict[str, Any], Tag("|schema")],
+    Discriminator(lambda value: "|flag" if isinstance(value, bool) else "|schema"),
+]
+JsonSchemaOrText = Annotated[
+    Annotated[str, Tag("|text")] | Annotated[JsonSchema, Tag("|json")],
+    Discriminator(lambda value: "|text" if isinstance(value, str) else "|json"),
+]
+
+
 class JsonSchemaFormat(WireModel):
     """A JSON schema, and what it is called; its name and description are for the caller's own use."""
 
     name: str | None = None
     description: str | None = None
     # Not `schema`, which pydantic's own class has.
-    schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")
+    schema_: JsonSchema | None = Field(default=None, alias="schema")
     strict: bool | None = None
 
 
@@ -108,21 +119,10 @@ class ResponseFormat(WireModel):
         return self
 
 
-def _json_kind(value: object) -> str:
-    return "|text" if isinstance(value, str) else "|flag" if isinstance(value, bool) else "|schema"
-
-
-# A schema as an object, or as its text.
-JsonSchema = Annotated[
-    Annotated[str, Tag("|text")] | Annotated[bool, Tag("|flag")] | Annotated[dict[str, Any], Tag("|schema")],
-    Discriminator(_json_kind),
-]
-
-
 class StructuredOutputs(WireModel):
     """What the output must be like, as other servers of this API say it: one of these."""
 
-    json_: JsonSchema | None = Field(default=None, alias="json")
+    json_: JsonSchemaOrText | None = Field(default=None, alias="json")
     regex: str | None = None
     grammar: str | None = None
     choice: Items[str] | None = None
@@ -149,7 +149,7 @@ class GenerationFields(WireModel):
     stop_token_ids: Items[int] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: JsonSchema | None = None
+    guided_json: JsonSchemaOrText | None = None
     guided_regex: str | None = None
     guided_grammar: str | None = None
     guided_choice: Items[str] | None = None

@@ -10,7 +10,10 @@ import pytest
 from example_client import DEFAULT_AUDIO, DEFAULT_BASE_URL, main
 from tests.e2e.serving_tiny import TinyServer, serve, serve_tiny
 
-STATIONS = ("Models", "Chat", "Chat, streamed", "Text completion", "Log-probabilities", "An error, handled")
+STATIONS = (
+    "Models", "Chat", "Chat, streamed", "Text completion", "Log-probabilities", "Structured output",
+    "An error, handled",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +36,7 @@ def test_the_tour_visits_every_station(server: TinyServer, capsys: pytest.Captur
     assert lines[-1].startswith("NotFoundError: model is")
     assert lines[-1].endswith("(code model_not_found)")
     assert any(line.endswith(" tokens read, 60 written)") or "(stop; " in line for line in lines)
+    assert any(line.startswith("{'name': ") for line in lines)
     assert sum("Once upon a time|" in line for line in lines) == 2
 
 

@@ -114,7 +114,7 @@ def _piece_reader(tokenizer: PreTrainedTokenizerBase, decoder: list[Any]) -> Cal
 
 
 def _read_lone(piece: str) -> bytes:
-    """A byte that is no character by itself: vocabularies of bytes in Python write each as the character of its number."""
+    """A byte that is no character by itself: vocabularies of bytes in Python write it as the character so numbered."""
     return bytes([ord(piece)]) if len(piece) == 1 and 0x80 <= ord(piece) <= 0xFF else b""
 
 
