@@ -62,7 +62,8 @@ class StaticInputs:
 
         Args:
             layout: of a decode step of at most `size` sequences.
-            input_ids: int64 [1, B] on the device, in the place of the layout's: tokens that the host does not know yet.
+            input_ids: int64 [B] or [1, B] on the device, in the place of the layout's: tokens that the host does not
+                know yet.
         """
         parts, num_rows = self._parts, len(layout.input_ids)
         # New each time: the caching allocator of pinned memory keeps it until the copy is done, which may be later

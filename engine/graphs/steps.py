@@ -139,7 +139,7 @@ class GraphedSteps:
     def run(self, layout: PagedLayout, input_ids: torch.Tensor | None = None) -> torch.Tensor | None:
         """Logits [R, V] of a step, good until the next one; None when no graph serves steps like it.
 
-        `input_ids`, int64 [1, B] on the device, stand in the place of the layout's where they are given.
+        `input_ids`, int64 [B] or [1, B] on the device, stand in the place of the layout's where they are given.
         """
         num_rows = len(layout.input_ids)
         size = min((size for size in self._live if size >= num_rows), default=None)
