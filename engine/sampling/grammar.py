@@ -49,7 +49,7 @@ class GrammarMasks:
         for row_bits, (_, sequence) in zip(bits, rows, strict=True):
             fill_bits(row_bits, sequence)
         # Eight tokens a byte: what each of the 256 bytes adds to eight logits. Added, not written over, see above.
-        penalties = self._table(logits.device).index_select(0, upload(bits.reshape(-1), torch.uint8, logits.device).int())
+        penalties = self._table(logits.device).index_select(0, upload(bits.reshape(-1), torch.int32, logits.device))
         index = upload([row for row, _ in rows], torch.int64, logits.device)
         logits.index_add_(0, index, penalties.view(len(rows), width))
 
