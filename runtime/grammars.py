@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from text.grammar import CompiledGrammar, GrammarSpec
     from text.grammar_vocabulary import GrammarVocabulary
 
+    _Key = tuple[GrammarSpec, bool]
+
 MAX_KEPT = 64
 
 
@@ -39,7 +41,8 @@ class Grammars:
         self._end_token_ids = frozenset(end_token_ids)
         # One thread: grammars wait for each other, and nobody else for them.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-        self._kept: OrderedDict[tuple[GrammarSpec, bool], CompiledGrammar] = OrderedDict()
+        self._kept: OrderedDict[_Key, CompiledGrammar] = OrderedDict()
+        self._compiling: dict[_Key, asyncio.Future[CompiledGrammar]] = {}
         # The thread's own.
         self._vocabulary: GrammarVocabulary | None = None
         self._ll_tokenizer: LLTokenizer | None = None
@@ -54,14 +57,11 @@ class Grammars:
         from text.grammar_vocabulary import drops_first_space
 
         key = (spec, drops_first_space(self._tokenizer, prompt_token_ids))
-        grammar = self._kept.get(key)
-        if grammar is None:
-            grammar = await asyncio.get_running_loop().run_in_executor(self._executor, self._compile, *key)
-        self._kept[key] = grammar
-        self._kept.move_to_end(key)
-        while len(self._kept) > MAX_KEPT:
-            self._kept.popitem(last=False)
-        return grammar
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        # Shielded: a caller that leaves must not take the grammar from others who wait for it.
+        return await asyncio.shield(self._compiling.get(key) or self._start(key))
 
     def close(self) -> None:
         """Ends the process of trials; whoever waits is cancelled."""
@@ -69,14 +69,28 @@ class Grammars:
         if self._trials is not None:
             self._trials.close()
 
+    def _start(self, key: _Key) -> asyncio.Future[CompiledGrammar]:
+        """Has a grammar compiled, which all who ask for it meanwhile wait for."""
+
+        def end(compiled: asyncio.Future[CompiledGrammar]) -> None:
+            del self._compiling[key]
+            # The failure is looked at in any case: perhaps nobody waits for it any more.
+            if compiled.cancelled() or compiled.exception() is not None:
+                return
+            self._kept[key] = compiled.result()
+            if len(self._kept) > MAX_KEPT:
+                self._kept.popitem(last=False)
+
+        compiling = asyncio.get_running_loop().run_in_executor(self._executor, self._compile, *key)
+        self._compiling[key] = compiling
+        compiling.add_done_callback(end)
+        return compiling
+
     def _compile(self, spec: GrammarSpec, drops_space: bool) -> CompiledGrammar:
         """On the thread."""
         from text.grammar import compile_grammar, grammar_source
         from text.grammar_vocabulary import make_tokenizer, read_vocabulary
 
-        grammar = self._kept.get((spec, drops_space))  # compiled while this one waited
-        if grammar is not None:
-            return grammar
         source = grammar_source(spec, drops_first_space=drops_space)
         if self._vocabulary is None or self._ll_tokenizer is None or self._trials is None:
             self._vocabulary = read_vocabulary(self._tokenizer, self._vocab_size, self._end_token_ids)
