@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 
 from engine.engine import Engine
 from engine.errors import NonFiniteLogits, StepFailed
+from engine.model.chosen_ids import ChosenIds
+from engine.pipeline import PAUSE_STEPS
 from engine.sampling import filters, sampler
+from engine.scheduler import ScheduledSequence
 from engine.sequence import SamplingParams, Sequence, SequenceOutput, TokenRules
 from tests.engine.remembering_runner import VOCAB_SIZE, Poisoned, logits_after, remembering_engine
 
@@ -75,10 +78,15 @@ def serve(
         engine.kv.check_integrity()
         steps += 1
         assert steps < 5_000, "the engine makes no progress"
+    return outputs
+
+
+def leave_nothing(engine: Engine) -> None:
+    """Sees that an engine without sequences holds no memory once it has given back what it kept."""
     engine.on_idle()
     engine.kv.give_back(0)
-    assert engine.kv.num_tokens_used == 0, "a sequence left something behind"
-    return outputs
+    engine.kv.check_integrity()
+    assert engine.kv.num_tokens_used == engine.kv.num_tokens_allocated == 0, "a sequence left something behind"
 
 
 @st.composite
@@ -87,7 +95,7 @@ def request_strategy(draw: st.DrawFn, kinds: list[str]) -> Request:
     # A few common beginnings, so that computed prefixes are found.
     base = random.Random(f"prompt {draw(st.integers(0, 2))}").choices(range(10, VOCAB_SIZE), k=90)
     params = SamplingParams(
-        max_tokens=draw(st.sampled_from([1, 2, 5, 17, 36])),
+        max_tokens=draw(st.sampled_from([1, 2, 5, 17, 36, 90])),
         seed=draw(st.integers(0, 99)),
         stop_token_ids=draw(st.sampled_from([frozenset(), frozenset(range(0, VOCAB_SIZE, 11))])),
         **KINDS[draw(st.sampled_from(kinds))],
@@ -104,7 +112,7 @@ def mixes(kinds: list[str]) -> st.SearchStrategy[list[Request]]:
 
 @pytest.mark.parametrize("storage", ["slots", "pages"])
 @pytest.mark.parametrize("kinds", [STEADY, list(KINDS)], ids=["steady", "mixed"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_mix_is_told_the_same_with_steps_that_overlap(storage: str, kinds: list[str], data: st.DataObject) -> None:
     requests = data.draw(mixes(kinds))
@@ -125,6 +133,7 @@ def test_any_mix_is_told_the_same_with_steps_that_overlap(storage: str, kinds: l
             for module in (filters, sampler):
                 patch.setattr(module, "NUM_CANDIDATES_DEFERRED", num_candidates)
             results.append(serve(engine, requests))
+        leave_nothing(engine)
     assert results[1] == results[0]
 
 
@@ -148,6 +157,30 @@ def test_decode_steps_are_launched_before_the_last_ones_tokens_are_read(storage:
     # From then on always, but where a slot must be moved.
     assert in_flight.count([1] * 4) >= (37 if storage == "pages" else 35)
     assert engine.step() == []
+
+
+@pytest.mark.parametrize("storage", ["slots", "pages"])
+def test_who_is_sure_to_end_has_no_row_for_nothing(storage: str) -> None:
+    # By max_tokens one after the other, the last by the length of the context.
+    requests = [
+        replace(r, params=replace(r.params, max_tokens=(5, 9, 70, 500)[r.sequence_id])) for r in _requests(4, 0)
+    ]
+    results = []
+    for is_overlapped in (False, True):
+        engine, _ = remembering_engine(storage, is_overlapped=is_overlapped)
+        results.append((serve(engine, requests), engine.stats().step_tokens_total, engine.stats().steps_total))
+    assert results[0] == results[1]
+
+
+def test_a_token_that_is_chosen_again_costs_its_sequence_no_more_than_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (filters, sampler):
+        monkeypatch.setattr(module, "NUM_CANDIDATES_DEFERRED", 1)
+    requests = _requests(2, 40)
+    requests[1] = replace(requests[1], params=replace(requests[1].params, top_p=0.97, temperature=3.0))
+    engine, _ = remembering_engine("pages", is_overlapped=True)
+    serve(engine, requests)
+    # Every one of its tokens is: steps go one by one then, and now and then two are tried.
+    assert engine.stats().steps_total <= 40 * (1 + 2 / PAUSE_STEPS)
 
 
 def test_rows_that_depend_on_history_wait_for_it() -> None:
@@ -294,3 +327,11 @@ def test_a_row_that_is_not_finite_fails_alone_and_its_memory_is_cleaned() -> Non
         results[-1].update(serve(engine, later))
     assert results[0] == results[1]
     assert all(results[1][n][-1][3] == "length" for n in (0, 2, 3, 10, 11, 12, 13))
+
+
+def test_tokens_go_to_the_rows_of_their_sequences() -> None:
+    items = [ScheduledSequence(request.sequence(), 17, 1, 1) for request in _requests(4, 9)]
+    chosen = ChosenIds(torch.tensor([50, 51, 52, 53]), {0: 2, 1: 0, 2: 3, 3: 1})
+    assert chosen.inputs_for(items).tolist() == [[52, 50, 53, 51]]
+    assert chosen.inputs_for([items[n] for n in (1, 3, 0, 2)]).tolist() == [[50, 51, 52, 53]]
+    assert chosen.inputs_for(items[2:]).tolist() == [[53, 51]]
