@@ -1,7 +1,7 @@
 """Starts a server as a child process, waits until it answers, watches its memory and CPU, and ends it.
 
 Knows nothing of what is measured over HTTP; memory and CPU are read from /proc, so they are None but on Linux.
-Called by benchmarks/compare.py.
+Called by benchmarks/compare.py and its like.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,8 @@ from typing import IO
 
 from benchmarks.sse_client import RequestFailed, stream_completion
 
+# Asks a server at this base URL for something of this model; raises OSError or RequestFailed while it cannot answer.
+Probe = Callable[[str, str], Awaitable[None]]
 START_TIMEOUT_S = 600
 END_TIMEOUT_S = 20
 
@@ -61,11 +63,13 @@ class Server:
 
 
 @asynccontextmanager
-async def running_server(command: str, model: Path, log: Path, num_threads: int | None) -> AsyncIterator[Server]:
+async def running_server(
+    command: str, model: Path, log: Path, num_threads: int | None, probe: Probe | None = None
+) -> AsyncIterator[Server]:
     """Run `command`, with {model} and {port} filled in, until the block ends; torch gets `num_threads` where given.
 
     Raises:
-        ServerFailed: it did not answer a completion in time.
+        ServerFailed: it did not answer `probe` in time.
     """
     port = _free_port()
     argv = shlex.split(command.format(model=model, port=port))
@@ -74,7 +78,7 @@ async def running_server(command: str, model: Path, log: Path, num_threads: int 
         process = _start(argv, output, num_threads)
         started_s = time.perf_counter()
         try:
-            await _until_it_answers(process, base_url, str(model), log)
+            await _until_it_answers(process, lambda: (probe or complete)(base_url, str(model)), log)
             yield Server(base_url, process.pid, time.perf_counter() - started_s)
         finally:
             await asyncio.to_thread(_end, process)
@@ -88,15 +92,18 @@ def _start(argv: list[str], output: IO[bytes], num_threads: int | None) -> subpr
     return subprocess.Popen(argv, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
 
 
-async def _until_it_answers(process: subprocess.Popen[bytes], base_url: str, model: str, log: Path) -> None:
+async def complete(base_url: str, model: str) -> None:
+    """Ask for a completion, not for /models: some servers load at the first request, some list only a hub's cache."""
+    await stream_completion(base_url, {"model": model, "prompt": "Hello", "max_tokens": 2, "temperature": 0})
+
+
+async def _until_it_answers(process: subprocess.Popen[bytes], probe: Callable[[], Awaitable[None]], log: Path) -> None:
     deadline_s = time.perf_counter() + START_TIMEOUT_S
-    body = {"model": model, "prompt": "Hello", "max_tokens": 2, "temperature": 0}
     while time.perf_counter() < deadline_s:
         if process.poll() is not None:
             raise ServerFailed(f"the server ended with exit code {process.returncode}; see {log}")
         try:
-            # A completion, not /models: some servers load at the first request, some list only what a hub cache holds.
-            await stream_completion(base_url, body)
+            await probe()
             return
         except (OSError, RequestFailed, asyncio.IncompleteReadError):
             pass  # not listening or still loading

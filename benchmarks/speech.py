@@ -46,7 +46,9 @@ def write_for_peers(model: Any, directory: Path) -> tuple[int, int]:
     model.save_pretrained(directory)
     backend = train_tokenizer(NUM_TEXT_TOKENS - 1)
     vocabulary = {token: number for token, number in backend.get_vocab().items() if number < NUM_TEXT_TOKENS - 1}
-    vocabulary["<|endoftext|>"] = vocabulary.get("<|endoftext|>", NUM_TEXT_TOKENS - 1)
+    # The end is Whisper's last token of text, and every id below it is a word.
+    vocabulary["<|unused|>"] = vocabulary.pop("<|endoftext|>")
+    vocabulary["<|endoftext|>"] = NUM_TEXT_TOKENS - 1
     tokenizer = WhisperTokenizer(vocab=vocabulary, merges=[])
     tokenizer.add_special_tokens({"additional_special_tokens": special_tokens()})
     tokenizer.save_pretrained(directory)
