@@ -7,19 +7,28 @@ Called by model/paged_step.py once a layer; chosen by engine/build.py.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
 import torch
 
+from engine.kv.prefix import BLOCK_SIZE
 from engine.model.attention import AttentionCall, attend_plain
+from engine.model.flash import FlashAttention, find_flash
 from engine.model.paged_inputs import PagedInputs
 
 if TYPE_CHECKING:
-    from engine.model.paged_step import PagedAttention
+    from engine.model.paged_kernel import Extras, Tables
+    from engine.model.paged_step import OwnTokens, PagedAttention
 
 
 def attend_blocks(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, inputs: PagedInputs, call: AttentionCall
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    inputs: PagedInputs,
+    call: AttentionCall,
+    own: OwnTokens | None = None,
 ) -> torch.Tensor:
     """The plain twin of the kernel: gathers a sequence's blocks and attends to them as eager attention does.
 
@@ -28,6 +37,7 @@ def attend_blocks(
         keys, values: [N, BLOCK_SIZE, Hkv, D].
         inputs: the step's.
         call: scaling, window, softcap and sinks.
+        own: the step's own K and V, [Hkv, T, D] each; not looked at, for the blocks have them too.
 
     Returns:
         [T, H, Dv].
@@ -52,57 +62,132 @@ def attend_blocks(
         own_values = own_values.masked_fill((positions >= past_last)[:, None], 0)  # a weight of 0 times NaN is NaN
         if call.window is not None:
             mask &= positions > query_positions - call.window
-        own = query[first : first + num_queries].transpose(0, 1)
-        parts.append(attend_plain(own, own_keys, own_values, mask, plain).transpose(0, 1))
+        queries = query[first : first + num_queries].transpose(0, 1)
+        parts.append(attend_plain(queries, own_keys, own_values, mask, plain).transpose(0, 1))
         first += num_queries
     return torch.cat(parts)
 
 
-def attend_kernel(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, inputs: PagedInputs, call: AttentionCall
-) -> torch.Tensor:
+class KernelAttention:
     """The same by the Triton kernel: single tokens in one launch, longer runs in another.
 
-    Raises:
-        ValueError: a head has more dimensions than the kernel takes.
+    Args:
+        device: where it runs.
+        num_sms: multiprocessors of the device, which single tokens' keys are split to fill; 0 to split none.
     """
-    from engine.model import paged_kernel
 
-    widest = max(keys.shape[3], values.shape[3])
-    if widest > paged_kernel.MAX_HEAD_DIM:
-        raise ValueError(f"a head has {widest} dimensions, the paged kernel takes {paged_kernel.MAX_HEAD_DIM}")
-    if query.stride(2) != 1:
-        query = query.contiguous()
-    out = query.new_empty((query.shape[0], query.shape[1], values.shape[3]))
-    form = paged_kernel.Form.of(query, keys, values)
-    launches = []
-    if inputs.num_singles:
-        launches.append((inputs.single_tiles(), form.num_rows(is_single=True)))
-    if inputs.num_singles < len(inputs.query_lens):
-        num_rows = form.num_rows(is_single=False)
-        launches.append((inputs.run_tiles(num_rows // form.group), num_rows))
-    for tiles, num_rows in launches:
-        paged_kernel.launch(
-            query,
-            keys,
-            values,
-            out,
-            tile_sequences=tiles.sequences,
-            tile_firsts=tiles.firsts,
-            query_starts=inputs.query_starts,
-            context_lens=inputs.context_lens,
-            block_tables=inputs.block_tables,
-            scaling=call.scaling,
-            window=call.window,
-            softcap=call.softcap,
-            sinks=None if call.sinks is None else call.sinks.contiguous(),
-            num_rows=num_rows,
-        )
-    return out
+    def __init__(self, device: torch.device, num_sms: int) -> None:
+        from engine.model.paged_split import num_counters
+
+        self._num_sms = num_sms
+        self._counters = torch.zeros(num_counters(num_sms), dtype=torch.int32, device=device)
+        self._compiled: set[tuple[Hashable, ...]] = set()
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        inputs: PagedInputs,
+        call: AttentionCall,
+        own: OwnTokens | None = None,
+    ) -> torch.Tensor:
+        """As attend_blocks has it.
+
+        Raises:
+            ValueError: a head has more dimensions than the kernel takes.
+        """
+        out = query.new_empty((query.shape[0], query.shape[1], values.shape[3]))
+        self.attend_some(query, keys, values, inputs, call, out, len(inputs.query_lens))
+        return out
+
+    def attend_some(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        inputs: PagedInputs,
+        call: AttentionCall,
+        out: torch.Tensor,
+        num_sequences: int,
+    ) -> None:
+        """The step's first `num_sequences` sequences alone, written to their rows of `out`, contiguous [T, H, Dv].
+
+        Raises:
+            ValueError: a head has more dimensions than the kernel takes.
+        """
+        from engine.model import paged_kernel
+        from engine.model.paged_form import MAX_HEAD_DIM, Form, aligned
+
+        widest = max(keys.shape[3], values.shape[3])
+        if widest > MAX_HEAD_DIM:
+            raise ValueError(f"a head has {widest} dimensions, the paged kernel takes {MAX_HEAD_DIM}")
+        query = aligned(query)
+        sinks = None if call.sinks is None else call.sinks.contiguous()
+        extras = paged_kernel.Extras(call.scaling, call.window, call.softcap, sinks)
+        tables = paged_kernel.Tables(inputs.query_starts, inputs.context_lens, inputs.block_tables)
+        num_singles = min(inputs.num_singles, num_sequences)
+        if num_singles:
+            self._attend_singles(query, keys, values, out, tables, extras, num_singles)
+        if num_singles < num_sequences:
+            tile_size = Form.of(query, keys, values).tile_size
+            tiles = inputs.run_tiles(tile_size, num_sequences)
+            paged_kernel.launch_runs(
+                query,
+                keys,
+                values,
+                out,
+                tables=tables,
+                extras=extras,
+                tile_sequences=tiles.sequences,
+                tile_firsts=tiles.firsts,
+            )
+
+    def _attend_singles(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out: torch.Tensor,
+        tables: Tables,
+        extras: Extras,
+        num_singles: int,
+    ) -> None:
+        from engine.model import paged_kernel
+        from engine.model.paged_form import Form
+        from engine.model.paged_split import MAX_SPLITS, MIN_KEYS, Scratch, num_splits
+
+        form = Form.of(query, keys, values)
+        # A window's keys begin anywhere in a tile.
+        most = tables.block_tables.shape[1] * BLOCK_SIZE
+        most = most if extras.window is None else min(most, extras.window + form.tile_keys)
+        splits = num_splits(num_singles, form.num_kv_heads, most, self._num_sms)
+
+        def launch(splits: int, out: torch.Tensor, num_singles: int = num_singles) -> None:
+            scratch = None
+            if splits > 1:
+                num_programs = num_singles * form.num_kv_heads
+                scratch = Scratch.of(self._counters, splits, num_programs, form.group, form.value_dim)
+            paged_kernel.launch_singles(
+                query, keys, values, out, tables=tables, extras=extras, num_singles=num_singles, scratch=scratch
+            )
+
+        variant = (form, query.dtype, extras.window is None, extras.softcap is None, extras.sinks is None)
+        if variant not in self._compiled:
+            self._compiled.add(variant)
+            # Both ways are compiled now, while the engine is built: later, requests would wait for it.
+            if num_splits(1, form.num_kv_heads, MAX_SPLITS * MIN_KEYS, self._num_sms) > 1:
+                launch(1 if splits > 1 else 2, torch.empty_like(out), 1)
+        launch(splits, out)
 
 
 def kernel_for(device: torch.device) -> PagedAttention | None:
-    """The kernel where it runs: on CUDA, with Triton installed; None elsewhere."""
+    """The kernel where it runs: on CUDA, with Triton installed; None elsewhere.
+
+    With flash-attn where that is installed and works.
+    """
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
-    return attend_kernel
+    kernel = KernelAttention(device, torch.cuda.get_device_properties(device).multi_processor_count)
+    varlen = find_flash(device)
+    return kernel if varlen is None else FlashAttention(varlen, kernel)

@@ -33,8 +33,25 @@ class Tiles:
 
 
 @dataclass(frozen=True, slots=True)
+class NewRuns:
+    """The runs that see nothing but themselves.
+
+    Args:
+        num_old: sequences before them.
+        first: their first token in T; they go on to its end.
+        starts: int32 [runs + 1], where each begins among them, and where the last ends.
+        longest: tokens of the longest.
+    """
+
+    num_old: int
+    first: int
+    starts: torch.Tensor
+    longest: int
+
+
+@dataclass(frozen=True, slots=True)
 class PagedInputs:
-    """The tensors of one step, all int64; single tokens come first, then longer runs.
+    """The tensors of one step, all int64; single tokens come first, then longer runs, those of new sequences last.
 
     Args:
         items: the batch's, in the order of their tokens.
@@ -60,33 +77,36 @@ class PagedInputs:
     num_singles: int
     query_lens: tuple[int, ...]
     lengths: tuple[int, ...]
-    _tiles: dict[int, Tiles] = field(default_factory=dict)
+    _tiles: dict[tuple[int, int], Tiles] = field(default_factory=dict)
+    _new_runs: list[NewRuns | None] = field(default_factory=list)
 
-    def run_tiles(self, tile_size: int) -> Tiles:
-        """The longer runs in tiles of `tile_size` tokens; made once a step."""
-        tiles = self._tiles.get(tile_size)
+    def new_runs(self) -> NewRuns | None:
+        """The longer runs that begin their sequences, where there are some; made once a step."""
+        if not self._new_runs:
+            lens = zip(self.query_lens, self.lengths, strict=True)
+            num_old = sum(1 for query_len, length in lens if query_len == 1 or query_len < length)
+            made = None
+            if num_old < len(self.query_lens):
+                starts = self.query_starts[num_old:]
+                longest = max(self.query_lens[num_old:])
+                made = NewRuns(num_old, sum(self.query_lens[:num_old]), (starts - starts[0]).int(), longest)
+            self._new_runs.append(made)
+        return self._new_runs[0]
+
+    def run_tiles(self, tile_size: int, num_sequences: int) -> Tiles:
+        """The longer runs of the first `num_sequences` sequences in tiles of `tile_size` tokens; made once a step."""
+        tiles = self._tiles.get((tile_size, num_sequences))
         if tiles is None:
             pairs = [
                 (number, first)
-                for number in range(self.num_singles, len(self.query_lens))
+                for number in range(self.num_singles, num_sequences)
                 for first in range(0, self.query_lens[number], tile_size)
             ]
             sequences, firsts = to_device(
                 [np.array([number for number, _ in pairs]), np.array([first for _, first in pairs])],
                 self.input_ids.device,
             )
-            tiles = self._tiles[tile_size] = Tiles(sequences, firsts)
-        return tiles
-
-    def single_tiles(self) -> Tiles:
-        """A tile for each single token."""
-        tiles = self._tiles.get(0)
-        if tiles is None:
-            device = self.input_ids.device
-            tiles = self._tiles[0] = Tiles(
-                torch.arange(self.num_singles, device=device),
-                torch.zeros(self.num_singles, dtype=torch.int64, device=device),
-            )
+            tiles = self._tiles[tile_size, num_sequences] = Tiles(sequences, firsts)
         return tiles
 
 
@@ -152,7 +172,7 @@ class PagedLayout:
 
 def lay_out(batch: Batch, table_of: Callable[[Sequence], array[int]]) -> PagedLayout:
     """Lay a batch out flat, with the block tables of its sequences."""
-    items = tuple(sorted(batch.items, key=lambda item: item.num_tokens > 1))
+    items = tuple(sorted(batch.items, key=lambda item: (item.num_tokens > 1, item.num_tokens > 1 and item.start == 0)))
     tables = [np.frombuffer(table_of(item.sequence), dtype=np.int64) for item in items]
     token_ids: list[int] = []
     logit_rows: list[int] = []

@@ -6,9 +6,8 @@ Made by model/paged_runner.py, set as the current step, asked by model/attention
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -18,7 +17,25 @@ from engine.model.paged_inputs import PagedInputs
 if TYPE_CHECKING:
     from engine.model.attention import AttentionCall
 
-    PagedAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, PagedInputs, AttentionCall], torch.Tensor]
+OwnTokens = tuple[torch.Tensor, torch.Tensor]  # K and V of a step's tokens: [Hkv, T, Dk], [Hkv, T, Dv]
+
+
+class PagedAttention(Protocol):
+    """What computes a layer's attention: the kernel, or its twin."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        inputs: PagedInputs,
+        call: AttentionCall,
+        own: OwnTokens | None = None,
+    ) -> torch.Tensor:
+        """From query [T, H, Dk], a layer's keys and values [N, BLOCK_SIZE, Hkv, D] and the step to [T, H, Dv].
+
+        `own`, where it is given, is what the step's tokens have written to the blocks.
+        """
 
 
 @dataclass(slots=True)
@@ -28,8 +45,7 @@ class PagedStep:
     Args:
         inputs: the flat batch.
         storage: where K and V go.
-        attention: from query [T, H, Dk], a layer's keys and values [N, BLOCK_SIZE, Hkv, D], the inputs and what the
-            model asked for, to [T, H, Dv].
+        attention: the kernel, or its twin.
         num_calls: attention calls so far.
     """
 
@@ -51,7 +67,7 @@ class PagedStep:
         keys, values = self.storage.keys[layer], self.storage.values[layer]
         write(keys, key[0].transpose(0, 1), self.inputs.slot_mapping)
         write(values, value[0].transpose(0, 1), self.inputs.slot_mapping)
-        return self.attention(query[0].transpose(0, 1), keys, values, self.inputs, call)[None]
+        return self.attention(query[0].transpose(0, 1), keys, values, self.inputs, call, (key[0], value[0]))[None]
 
 
 def write(cached: torch.Tensor, new: torch.Tensor, slot_mapping: torch.Tensor) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
 
 from engine.model.attention import AttentionCall
-from engine.model.paged_attention import attend_blocks, attend_kernel, kernel_for
+from engine.model.paged_attention import KernelAttention, attend_blocks, kernel_for
 from engine.model.paged_step import write
 from tests.engine.model.paged_drawings import draw
 
@@ -20,6 +21,10 @@ interpreted = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or torch.cuda.is_available(),
     reason="no triton, or a GPU to run on instead (tests/gpu)",
 )
+
+
+def _kernel(*arguments: Any) -> torch.Tensor:
+    return KernelAttention(torch.device("cpu"), num_sms=0)(*arguments)
 
 
 def _call(
@@ -78,7 +83,7 @@ def test_the_kernel_agrees_with_its_twin(window: int | None, softcap: float | No
     drawn = draw(RUNS)
     call = _call(window=window, softcap=softcap, sinks=drawn.sinks if has_sinks else None)
     arguments = (drawn.query, drawn.keys, drawn.values, drawn.inputs, call)
-    torch.testing.assert_close(attend_kernel(*arguments), attend_blocks(*arguments), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(_kernel(*arguments), attend_blocks(*arguments), atol=1e-5, rtol=1e-5)
 
 
 @interpreted
@@ -98,7 +103,7 @@ def test_the_kernel_agrees_with_its_twin(window: int | None, softcap: float | No
 def test_the_kernel_takes_any_heads(heads: tuple[int, int], dims: tuple[int, int], dtype: torch.dtype) -> None:
     drawn = draw([(70, 1), (0, 1), (33, 40)], heads=heads, dims=dims, dtype=dtype)
     call = _call(window=50)
-    got = attend_kernel(drawn.query, drawn.keys, drawn.values, drawn.inputs, call)
+    got = _kernel(drawn.query, drawn.keys, drawn.values, drawn.inputs, call)
     wanted = attend_blocks(drawn.query.float(), drawn.keys.float(), drawn.values.float(), drawn.inputs, call)
     assert got.dtype is dtype
     torch.testing.assert_close(got.float(), wanted, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
@@ -110,16 +115,16 @@ def test_the_kernel_reads_queries_as_they_lie() -> None:
     as_models_make_them = drawn.query.transpose(0, 1).contiguous().transpose(0, 1)
     backwards = drawn.query.flip(2).contiguous().flip(2)
     strided = torch.stack([drawn.query, drawn.query], dim=-1)[..., 0]
-    expected = attend_kernel(drawn.query, drawn.keys, drawn.values, drawn.inputs, _call())
+    expected = _kernel(drawn.query, drawn.keys, drawn.values, drawn.inputs, _call())
     for query in (as_models_make_them, backwards, strided):
-        assert torch.equal(attend_kernel(query, drawn.keys, drawn.values, drawn.inputs, _call()), expected)
+        assert torch.equal(_kernel(query, drawn.keys, drawn.values, drawn.inputs, _call()), expected)
 
 
 @interpreted
 def test_a_head_too_wide_is_refused() -> None:
     drawn = draw([(0, 1)], dims=(257, 16))
     with pytest.raises(ValueError, match="257 dimensions, the paged kernel takes 256"):
-        attend_kernel(drawn.query, drawn.keys, drawn.values, drawn.inputs, _call())
+        _kernel(drawn.query, drawn.keys, drawn.values, drawn.inputs, _call())
 
 
 def test_the_cpu_has_no_kernel() -> None:

@@ -26,5 +26,5 @@ def test_the_kernel_compiles_for_a_gpu_and_fits_its_fast_memory(tmp_path: Path) 
     )
     assert done.returncode == 0, done.stderr
     sizes = [int(line) for line in done.stdout.split()]
-    assert len(sizes) == 8
+    assert len(sizes) == 16
     assert max(sizes) <= SHARED_BYTES_OF_CONSUMER_CARDS
