@@ -1,74 +1,97 @@
 """How near the engine comes to what the card can do: steps of real shapes beside the least time they could take.
 
 Knows nothing of servers; weights are random and made on the device, prompts are random token ids.
-Called as `python -m benchmarks.gpu`, on a machine with a CUDA device only.
+Called as `python -m benchmarks.gpu`, on a machine with a CUDA device only; `--quick` for the cells that say most.
+
+Every measurement is a line as it is made, and the table of a model is written when all of its are: whoever stops this
+loses one model's table, and no figure.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import logging
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.gpu_bounds import Bound, Ceilings, Costs
-from benchmarks.models import SHAPES, Shape, randomise
+from benchmarks.gpu_models import GPU_SHAPES, GROUP_SIZE, Weights, make_model
+from benchmarks.gpu_steps import Card, Limits, NotServed, Steps, Way, kv_budget_bytes, num_positions
 from benchmarks.report import table
-from engine.build import build_engine
-from engine.config import EngineConfig
-from engine.engine import Engine
-from engine.kv.paged import PagedStorage
-from engine.kv.prefix import BLOCK_SIZE
-from engine.model.loader import LoadedModel, describe
-from engine.sequence import SamplingParams, Sequence, SequenceState
+from engine.model.loader import LoadedModel
 
-GPU_SHAPES = {
-    "llama-2-7b": Shape(
-        "llama",
-        32_000,
-        {
-            "hidden_size": 4096,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-            "intermediate_size": 11_008,
-            "max_position_embeddings": 4096,
-        },
-    ),
-    "qwen-0.5b": SHAPES["qwen-0.5b"],
-}
 BATCHES = (1, 8, 64, 256)
 CONTEXTS = (128, 2048)
 PREFILL_TOKENS = 2048
-WARM_UPS = 3
-SPARE_BYTES = 2 << 30  # for activations and logits
-HEADER = ("shape", "step", "batch", "context", "ms", "tokens/s", "bound ms", "bound by", "of bound")
+WAYS: tuple[Way, ...] = ("eager", "graphs", "compiled")
+SPARE_BYTES = 4 << 30  # for activations, logits and graphs
+HEADER = (
+    "shape", "weights", "step", "batch", "context", *(f"{way}, ms" for way in WAYS),
+    "best, tokens/s", "bound, ms", "bound by", "best of bound",
+)  # fmt: skip
+LEFT = (0, 1, 2, 10)
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
-    """The device, and how to wait for it."""
+class Cell:
+    """One kind of step: decode of `batch` sequences that have `context` tokens, or a prompt of `context` tokens."""
 
-    device: torch.device
-    wait: Callable[[], None] = field(default=torch.cuda.synchronize)
+    batch: int
+    context: int
+    is_prefill: bool = False
 
-    def median_s(self, work: Callable[[], object], repeats: int) -> float:
-        """Seconds that `work` takes, the median of `repeats`."""
-        for _ in range(WARM_UPS):
-            work()
-        times = []
-        for _ in range(repeats):
-            self.wait()
-            started_s = time.perf_counter()
-            work()
-            self.wait()
-            times.append(time.perf_counter() - started_s)
-        return statistics.median(times)
+    @property
+    def name(self) -> str:
+        """For a line."""
+        return f"prefill {self.context}" if self.is_prefill else f"decode {self.batch} x {self.context}"
+
+    @property
+    def num_tokens(self) -> int:
+        """That a step gives, or reads."""
+        return self.context if self.is_prefill else self.batch
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is measured.
+
+    Args:
+        cells: kinds of steps, in the order in which they are measured.
+        ways: columns that are filled.
+        num_steps: decode steps that are timed for each.
+        cache: where compiled code is kept.
+        compile_s: how long compiled code of one model is waited for.
+    """
+
+    cells: tuple[Cell, ...]
+    ways: tuple[Way, ...]
+    num_steps: int
+    cache: Path
+    compile_s: float
+
+    def limits(self, costs: Costs, free_bytes: int) -> Limits:
+        """What an engine for these cells takes: as much KV as the largest that fits."""
+        needs = [self.kv_bytes(cell, costs) for cell in self.cells]
+        budget = max((need for need in needs if need + SPARE_BYTES <= free_bytes), default=0)
+        return Limits(
+            sizes=tuple(sorted({cell.batch for cell in self.cells})),
+            num_steps=self.num_steps,
+            max_context=max(cell.context for cell in self.cells),
+            prefill_tokens=max((cell.context for cell in self.cells if cell.is_prefill), default=1),
+            kv_budget_bytes=budget,
+            cache=self.cache,
+            compile_s=self.compile_s,
+        )
+
+    def kv_bytes(self, cell: Cell, costs: Costs) -> int:
+        """KV memory while a cell is measured."""
+        num_tokens = cell.batch * num_positions(cell.context, 0 if cell.is_prefill else self.num_steps)
+        return kv_budget_bytes(costs.kv_bytes(num_tokens), costs.kv_bytes(1))
 
 
 def measure_ceilings(card: Card, *, num_copied_bytes: int = 1 << 30, size: int = 8192) -> Ceilings:
@@ -81,146 +104,140 @@ def measure_ceilings(card: Card, *, num_copied_bytes: int = 1 << 30, size: int =
     return Ceilings(2 * num_copied_bytes / copy_s, 2.0 * size**3 / product_s)
 
 
-def make_model(shape: Shape, device: torch.device) -> LoadedModel:
-    """A bfloat16 model of `shape`, its weights made where it lives."""
-    config = AutoConfig.for_model(shape.model_type, vocab_size=shape.vocab_size, eos_token_id=None, **shape.values)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    randomise(model)
-    return describe(model)
-
-
-def num_positions(context: int, num_steps: int) -> int:
-    """KV positions that a sequence of `context` tokens takes while so many steps are timed, in whole blocks."""
-    return -(-(context + WARM_UPS + num_steps + 2) // BLOCK_SIZE) * BLOCK_SIZE
-
-
-def decode_s(loaded: LoadedModel, costs: Costs, card: Card, batch: int, context: int, num_steps: int) -> float:
-    """Seconds of one step of `batch` sequences that have `context` tokens; the median of `num_steps`."""
-    num_tokens = num_positions(context, num_steps)
-    # The budget is exactly what they take: memory that grows by doubling would not fit where they do.
-    engine = _engine(loaded, batch, num_tokens, kv_budget_bytes=costs.kv_bytes(batch * num_tokens))
-    for number in range(batch):
-        _start_at(engine, _sequence(number, context + 1, num_steps + WARM_UPS + 1, loaded.vocab_size), num_tokens)
-    engine.runner.apply(engine.kv.take_ops())
-    storage = getattr(engine.runner, "storage", None)
-    if isinstance(storage, PagedStorage):
-        for tensor in (*storage.keys, *storage.values):
-            tensor.zero_()  # never computed: zeros cost what values cost, and are no NaN
-    seconds = card.median_s(lambda: _step(engine, batch), num_steps)
-    engine.close()
-    return seconds
-
-
-def prefill_s(loaded: LoadedModel, card: Card, num_tokens: int, repeats: int) -> float:
-    """Seconds from a prompt of `num_tokens` to its first token, when it is alone; the median of `repeats`."""
-    engine = _engine(loaded, 1, num_tokens + 2)
-    numbers = iter(range(repeats + WARM_UPS))
-
-    def work() -> None:
-        engine.add(_sequence(next(numbers), num_tokens, 1, loaded.vocab_size))
-        _step(engine, 1)
-
-    seconds = card.median_s(work, repeats)
-    engine.close()
-    return seconds
+def measure(
+    loaded: LoadedModel, costs: Costs, card: Card, plan: Plan, free_bytes: int
+) -> Iterator[tuple[Cell, Way, float | str]]:
+    """Each cell in each way: seconds of a step, or why there are none."""
+    limits = plan.limits(costs, free_bytes)
+    for way in plan.ways:
+        steps = Steps(loaded, way, limits, card)
+        for cell in plan.cells:
+            needed = plan.kv_bytes(cell, costs)
+            if needed > limits.kv_budget_bytes:
+                yield cell, way, f"KV of {needed / 1e9:.1f} GB does not fit"
+                continue
+            try:
+                yield cell, way, steps.prefill_s() if cell.is_prefill else steps.decode_s(cell.batch, cell.context)
+            except NotServed as refusal:
+                yield cell, way, str(refusal)
+            except Exception as failure:  # out of memory, most likely: the other cells are measured all the same
+                steps.close()
+                words = " ".join(str(failure).split())[:120]
+                yield cell, way, f"{type(failure).__name__}: {words}"
+        steps.close()
 
 
 def rows(
-    name: str, loaded: LoadedModel, costs: Costs, card: Card, ceilings: Ceilings, *, num_steps: int, free_bytes: int
-) -> Iterable[tuple[str, ...]]:
-    """One line of the table a measurement; those whose KV does not fit `free_bytes` say so."""
-    for context in CONTEXTS:
-        for batch in BATCHES:
-            num_bytes = costs.kv_bytes(batch * num_positions(context, num_steps))
-            if num_bytes + SPARE_BYTES > free_bytes:
-                yield (
-                    name,
-                    "decode",
-                    str(batch),
-                    str(context),
-                    f"KV of {num_bytes / 1e9:.1f} GB does not fit",
-                    *[""] * 4,
-                )
-                continue
-            seconds = decode_s(loaded, costs, card, batch, context, num_steps)
-            bound = costs.decode(batch, context + num_steps / 2, ceilings)
-            yield (name, "decode", str(batch), str(context), *_figures(seconds, batch, bound))
-    seconds = prefill_s(loaded, card, PREFILL_TOKENS, 10)
-    bound = costs.prefill(PREFILL_TOKENS, ceilings)
-    yield (name, "prefill", "1", str(PREFILL_TOKENS), *_figures(seconds, PREFILL_TOKENS, bound))
+    name: str, weights: Weights, plan: Plan, costs: Costs, ceilings: Ceilings, times: dict[tuple[Cell, Way], float]
+) -> list[tuple[str, ...]]:
+    """A line of the table for each cell: milliseconds of each way, "-" for none, and the best beside the bound."""
+    lines = []
+    for cell in plan.cells:
+        taken = {way: times[cell, way] for way in WAYS if (cell, way) in times}
+        bound = bound_of(cell, plan, costs, ceilings)
+        best = min(taken.values(), default=None)
+        lines.append((
+            name, weights, "prefill" if cell.is_prefill else "decode", str(cell.batch), str(cell.context),
+            *(f"{taken[way] * 1e3:.2f}" if way in taken else "-" for way in WAYS),
+            "-" if best is None else f"{cell.num_tokens / best:.0f}",
+            f"{bound.seconds * 1e3:.2f}",
+            bound.by,
+            "-" if best is None else f"{bound.seconds / best:.0%}",
+        ))  # fmt: skip
+    return lines
 
 
-def _figures(seconds: float, num_tokens: int, bound: Bound) -> tuple[str, ...]:
-    share = f"{bound.seconds / seconds:.0%}"
-    return f"{seconds * 1e3:.2f}", f"{num_tokens / seconds:.0f}", f"{bound.seconds * 1e3:.2f}", bound.by, share
+def bound_of(cell: Cell, plan: Plan, costs: Costs, ceilings: Ceilings) -> Bound:
+    """The least time of a cell's step; a decode step's is that of the middle of those that are timed."""
+    if cell.is_prefill:
+        return costs.prefill(cell.context, ceilings)
+    return costs.decode(cell.batch, cell.context + plan.num_steps / 2, ceilings)
 
 
-def _engine(loaded: LoadedModel, batch: int, num_tokens: int, *, kv_budget_bytes: int | None = None) -> Engine:
-    # The engine before left its own attention in the model, which a new one's check must compare with the plain one.
-    loaded.model.set_attn_implementation("sdpa")
-    config = EngineConfig(
-        max_num_seqs=batch,
-        max_batch_tokens=max(batch, num_tokens),
-        max_model_len=num_tokens,
-        kv_budget_bytes=kv_budget_bytes,
-        is_prefix_caching=False,
-    )
-    return build_engine(loaded, config, lambda _what, _share: None)
+def run_model(name: str, weights: Weights, card: Card, ceilings: Ceilings, plan: Plan) -> list[tuple[str, ...]]:
+    """Make a model and measure it; a line for each measurement, and the rows of the table."""
+    started_s = time.monotonic()
+    try:
+        loaded = make_model(GPU_SHAPES[name], card.device, weights, plan.cache)
+    except (RuntimeError, ValueError) as failure:
+        say(f"{name} {weights}: {' '.join(str(failure).split())[:200]}")
+        return []
+    card.wait()
+    free_bytes = torch.cuda.mem_get_info()[0] if card.device.type == "cuda" else 64 << 30
+    say(f"{name} {weights}: {loaded.num_bytes / 1e9:.2f} GB, made in {time.monotonic() - started_s:.0f} s")
+    costs = Costs.of(GPU_SHAPES[name], int4_group_size=GROUP_SIZE if weights == "int4" else None)
+    times: dict[tuple[Cell, Way], float] = {}
+    for cell, way, result in measure(loaded, costs, card, plan, free_bytes):
+        if isinstance(result, str):
+            say(f"{name} {weights} {cell.name} {way}: - ({result})")
+            continue
+        times[cell, way] = result
+        share = bound_of(cell, plan, costs, ceilings).seconds / result
+        say(f"{name} {weights} {cell.name} {way}: {result * 1e3:.2f} ms, {share:.0%} of the bound")
+    return rows(name, weights, plan, costs, ceilings, times)
 
 
-def _sequence(number: int, num_tokens: int, num_new_tokens: int, vocab_size: int) -> Sequence:
-    prompt = [(7 * position + number) % vocab_size for position in range(num_tokens)]
-    params = SamplingParams(max_tokens=num_new_tokens, temperature=0.0, ignore_eos=True)
-    return Sequence(number, prompt, params, arrival_time_s=time.monotonic())
+def say(line: str) -> None:
+    """Write a line at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
-def _start_at(engine: Engine, sequence: Sequence, num_tokens: int) -> None:
-    """Let a sequence run as if all of its prompt but the last token were computed, with room for `num_tokens`."""
-    if not engine.kv.admit(sequence) or not engine.kv.ensure(sequence, num_tokens):
-        raise RuntimeError(f"no KV memory for {num_tokens} tokens of sequence {sequence.sequence_id}")
-    sequence.num_computed_tokens = len(sequence.prompt_token_ids) - 1
-    engine.kv.commit(sequence)
-    sequence.state = SequenceState.RUNNING
-    engine.scheduler.running.append(sequence)
+def make_plan(arguments: argparse.Namespace) -> Plan:
+    """What the command line asks for."""
+    batches, contexts = tuple(arguments.batches or BATCHES), tuple(arguments.contexts or CONTEXTS)
+    if arguments.quick:
+        batches, contexts = tuple(arguments.batches or (1, 64)), tuple(arguments.contexts or (128,))
+    ways: tuple[Way, ...] = tuple(arguments.ways or (WAYS[:2] if arguments.quick else WAYS))
+    cells = [Cell(batch, context) for context in contexts for batch in batches]
+    cells.append(Cell(1, arguments.prefill, is_prefill=True))
+    num_steps = arguments.steps or (16 if arguments.quick else 32)
+    return Plan(tuple(cells), ways, num_steps, arguments.cache, arguments.compile_seconds)
 
 
-def _step(engine: Engine, num_expected: int) -> None:
-    outputs = engine.step()
-    failed = [output.error for output in outputs if output.error is not None]
-    if failed:
-        raise failed[0]
-    if len(outputs) != num_expected:
-        raise RuntimeError(f"the step gave {len(outputs)} tokens, not {num_expected}")
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Time the engine on a GPU beside what the GPU can do.")
+    parser.add_argument("shapes", nargs="*", default=list(GPU_SHAPES), help=f"of {', '.join(GPU_SHAPES)}; all if none")
+    parser.add_argument("--quick", action="store_true", help="batches 1 and 64 at 128 tokens, not compiled, 16 steps")
+    parser.add_argument("--weights", nargs="+", choices=("bf16", "int4"), default=["bf16", "int4"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, help="how steps run; all if not given")
+    parser.add_argument("--batches", nargs="+", type=int, help=f"{BATCHES} if not given")
+    parser.add_argument("--contexts", nargs="+", type=int, help=f"{CONTEXTS} if not given")
+    parser.add_argument("--prefill", type=int, default=PREFILL_TOKENS, help="tokens of a prompt")
+    parser.add_argument("--steps", type=int, help="decode steps timed for each batch and context")
+    parser.add_argument("--cache", type=Path, default=Path("build/compiled"), help="where compiled code is kept")
+    parser.add_argument("--compile-seconds", type=float, default=600, help="how long a model's compiling may take")
+    parser.add_argument("--log", default="WARNING", help="level of the engine's log")
+    arguments = parser.parse_args(argv)
+    unknown = sorted(set(arguments.shapes) - set(GPU_SHAPES))
+    if unknown:
+        parser.error(f"unknown shape {unknown[0]!r}; there are {', '.join(GPU_SHAPES)}")
+    return arguments
 
 
 def main() -> None:
     """Measure the card, then the engine on it."""
-    parser = argparse.ArgumentParser(description="Time the engine on a GPU beside what the GPU can do.")
-    parser.add_argument("shapes", nargs="*", default=list(GPU_SHAPES), help=f"of {', '.join(GPU_SHAPES)}; all if none")
-    parser.add_argument("--steps", type=int, default=32, help="decode steps timed for each batch and context")
-    arguments = parser.parse_args()
-    unknown = sorted(set(arguments.shapes) - set(GPU_SHAPES))
-    if unknown:
-        parser.error(f"unknown shape {unknown[0]!r}; there are {', '.join(GPU_SHAPES)}")
+    arguments = parse()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu: torch sees no CUDA device here; benchmarks.offline times the engine on a CPU")
+    logging.basicConfig(level=arguments.log.upper(), format="%(message)s", stream=sys.stdout)
     card = Card(torch.device("cuda"))
     ceilings = measure_ceilings(card)
-    sys.stdout.write(
+    say(
         f"{torch.cuda.get_device_name()}: copies {ceilings.bytes_per_s / 1e9:.0f} GB/s, "
-        f"bfloat16 products {ceilings.flops_per_s / 1e12:.0f} TFLOP/s; torch {torch.__version__}\n"
+        f"bfloat16 products {ceilings.flops_per_s / 1e12:.0f} TFLOP/s; torch {torch.__version__}"
     )
+    plan = make_plan(arguments)
     lines: list[tuple[str, ...]] = []
     for name in arguments.shapes:
-        shape = GPU_SHAPES[name]
-        loaded = make_model(shape, card.device)
-        free_bytes = torch.cuda.mem_get_info()[0]
-        costs = Costs.of(shape)
-        lines += rows(name, loaded, costs, card, ceilings, num_steps=arguments.steps, free_bytes=free_bytes)
-        del loaded
-        torch.cuda.empty_cache()
-    sys.stdout.write(table(HEADER, lines, left=(0, 1, 7)) + "\n")
+        for weights in arguments.weights:
+            made = run_model(name, weights, card, ceilings, plan)
+            lines += made
+            if made:
+                say(table(HEADER, made, left=LEFT))
+            torch.cuda.empty_cache()
+    say(table(HEADER, lines, left=LEFT))
 
 
 if __name__ == "__main__":

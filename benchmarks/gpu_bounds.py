@@ -43,6 +43,7 @@ class Costs:
         kv_per_token: numbers that a token's keys and values take over all layers.
         attended_per_pair: multiplications for one query token and one key token over all layers, scores and values.
         itemsize: bytes of a number.
+        layer_itemsize: bytes of a number of the layers' matrices.
     """
 
     layer_weights: int
@@ -50,10 +51,14 @@ class Costs:
     kv_per_token: int
     attended_per_pair: int
     itemsize: int = 2
+    layer_itemsize: float = 2.0
 
     @classmethod
-    def of(cls, shape: Shape) -> Costs:
-        """The costs of a Llama- or Qwen2-like shape; norms and biases are too small to count."""
+    def of(cls, shape: Shape, *, int4_group_size: int | None = None) -> Costs:
+        """The costs of a Llama- or Qwen2-like shape; norms and biases are too small to count.
+
+        With int4 weights each group has a scale and a zero point, of 2 bytes each.
+        """
         values: dict[str, Any] = shape.values
         hidden, heads, layers = (values[name] for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
         kv_hidden = hidden // heads * values["num_key_value_heads"]
@@ -63,7 +68,13 @@ class Costs:
             head_weights=hidden * shape.vocab_size,
             kv_per_token=2 * layers * kv_hidden,
             attended_per_pair=2 * layers * hidden,
+            layer_itemsize=2.0 if int4_group_size is None else 0.5 + 4 / int4_group_size,
         )
+
+    @property
+    def weight_bytes(self) -> float:
+        """Of everything that a step reads whatever it computes."""
+        return self.layer_weights * self.layer_itemsize + self.head_weights * self.itemsize
 
     def kv_bytes(self, num_tokens: int) -> int:
         """Bytes of so many tokens' keys and values."""
@@ -72,13 +83,13 @@ class Costs:
     def decode(self, batch: int, context: float, ceilings: Ceilings) -> Bound:
         """A step of one token for each of `batch` sequences that see `context` tokens each."""
         weights = self.layer_weights + self.head_weights
-        num_bytes = (weights + self.kv_per_token * batch * context) * self.itemsize
+        num_bytes = self.weight_bytes + self.kv_per_token * batch * context * self.itemsize
         flops = 2.0 * batch * (weights + self.attended_per_pair * context)
         return _slower(num_bytes, flops, ceilings)
 
     def prefill(self, num_tokens: int, ceilings: Ceilings) -> Bound:
         """A prompt of `num_tokens` in one step, of which the last wants logits; half of all pairs are causal."""
-        num_bytes = (self.layer_weights + self.head_weights + self.kv_per_token * num_tokens) * self.itemsize
+        num_bytes = self.weight_bytes + self.kv_per_token * num_tokens * self.itemsize
         pairs = num_tokens * (num_tokens + 1) / 2
         flops = 2.0 * (self.layer_weights * num_tokens + self.head_weights + self.attended_per_pair * pairs)
         return _slower(num_bytes, flops, ceilings)

@@ -95,7 +95,7 @@ def _build_flat(loaded: LoadedModel, config: EngineConfig, choice: LaneChoice, s
     runner = FlatRunner(loaded.model, storage, kv.slot_of, loaded.device)
     runner.apply(pool.preallocate() if config.is_static_cache else ())
     compiled = None
-    if config.compile is not None:
+    if config.compile is not None and config.compile.has_code:
         setting = TrialSetting(choice.shapes, loaded.vocab_size, loaded.device)
         runner.program = compiled = compile_steps(runner.program, setting, config.compile, config.max_num_seqs)
     return Engine(config, Lane("flat", choice.reason, storage.bytes_per_token), runner, kv, sampler, compiled)
@@ -126,8 +126,8 @@ def _build_seq2seq(loaded: LoadedModel, config: EngineConfig, parts: Seq2SeqPart
     if config.is_static_cache:
         runner.apply([*pool.preallocate(), *map(CrossOp, cross_pool.preallocate())])
     compiled = None
-    if config.compile is not None:
-        _say_no_graphs(config, "an encoder-decoder's steps read KV in slots, which move")
+    _say_no_graphs(config, "an encoder-decoder's steps read KV in slots, which move")
+    if config.compile is not None and config.compile.has_code:
         decoder = parts.decoder
         setting = TrialSetting(
             parts.shapes, loaded.vocab_size, loaded.device, parts.cross_shapes, decoder.marker, decoder.biases

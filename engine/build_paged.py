@@ -89,8 +89,9 @@ def build_paged(
     if config.compile is None:
         return Engine(config, lane, runner, kv, sampler)
     eager = runner.program
-    compiled = _compile(eager, config, config.compile, loaded, storage, attention)
-    runner.program = compiled
+    compiled = None
+    if config.compile.has_code:
+        runner.program = compiled = _compile(eager, config, config.compile, loaded, storage, attention)
     if recorder is None:
         return Engine(config, lane, runner, kv, sampler, compiled)
     scene = Scene(storage, attention, num_blocks, config.max_model_len, loaded.vocab_size, loaded.device)

@@ -18,12 +18,14 @@ class CompileConfig:
         directory: where compiled code is kept between starts.
         is_autotuned: whether kernels are chosen by measuring, which takes longer (--torch-compile-mode max-autotune).
         has_graphs: whether steps are captured as CUDA graphs too (--torch-compile-mode reduce-overhead, max-autotune).
+        has_code: whether steps are compiled at all; False to capture them as they are.
         sizes: numbers of rows that steps are compiled for; None for powers of two up to max_num_seqs, and that.
     """
 
     directory: Path
     is_autotuned: bool = False
     has_graphs: bool = False
+    has_code: bool = True
     sizes: tuple[int, ...] | None = None
 
 
