@@ -7,6 +7,7 @@ Called by runtime/model_loading.py on the engine thread.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 
@@ -16,11 +17,12 @@ from engine.compile.trial import TrialSetting
 from engine.config import EngineConfig
 from engine.engine import Engine, Lane
 from engine.graphs.recorder import recorder_for
+from engine.kv.budget import StoreUse, budget_within
 from engine.kv.cross import CrossManager
 from engine.kv.encoder_decoder import EncoderDecoderKV
 from engine.kv.manager import KVManager
 from engine.kv.pool import CrossOp, SlotPool, size_classes
-from engine.kv.slots import SlotStorage
+from engine.kv.slots import LayerShape, SlotStorage, bytes_by_device
 from engine.kv.states import StateManager
 from engine.model.loader import LoadedModel, Progress
 from engine.model.paged_attention import kernel_for
@@ -70,6 +72,9 @@ def _build_solo(loaded: LoadedModel, config: EngineConfig, reason: str, sampler:
         raise ValueError(f"--static-cache True: this model keeps a cache of its own for each sequence: {reason}")
     if config.compile is not None:
         raise ValueError(f"--torch-compile True: this model is stepped sequence by sequence, as it is: {reason}")
+    if config.kv_limits is not None and config.kv_budget_bytes is None:
+        # Which layer keeps what is the model's own business: as if all of it were on the device with the least room.
+        config = replace(config, kv_budget_bytes=min(config.kv_limits.values()))
     runner = SoloRunner(loaded.model, loaded.device)
     sizes = measure_solo(runner, loaded.vocab_size, has_encoder=config.max_source_len is not None)
     states = StateManager(
@@ -83,6 +88,7 @@ def _build_solo(loaded: LoadedModel, config: EngineConfig, reason: str, sampler:
 
 
 def _build_flat(loaded: LoadedModel, config: EngineConfig, choice: LaneChoice, sampler: Sampler) -> Engine:
+    config = _within_limits(config, loaded, (choice.shapes, config.max_model_len))
     kernel = kernel_for(loaded.device)
     recorder = recorder_for(loaded.device) if config.compile is not None and config.compile.has_graphs else None
     paged = None if kernel is None else build_paged(loaded, config, choice, sampler, kernel, recorder)
@@ -102,12 +108,15 @@ def _build_flat(loaded: LoadedModel, config: EngineConfig, choice: LaneChoice, s
 
 
 def _build_seq2seq(loaded: LoadedModel, config: EngineConfig, parts: Seq2SeqParts, sampler: Sampler) -> Engine:
-    assert config.max_source_len is not None  # every encoder-decoder has one
+    longest_source = config.max_source_len
+    assert longest_source is not None  # every encoder-decoder has one
+    own_store, cross_store = (parts.shapes, config.max_model_len), (parts.cross_shapes, longest_source)
+    config = _within_limits(config, loaded, own_store, cross_store)
     storage, cross_storage = (SlotStorage(shapes, loaded.device) for shapes in (parts.shapes, parts.cross_shapes))
     per_token, per_position = storage.bytes_per_token, cross_storage.bytes_per_token
     stores = [
         Store("decoder", per_token, config.max_model_len),
-        Store("encoder", per_position, config.max_source_len),
+        Store("encoder", per_position, longest_source),
     ]
     pool, cross_pool = _pools(config, stores)
     cross = CrossManager(cross_pool, is_caching=config.is_prefix_caching)
@@ -139,6 +148,16 @@ def _build_seq2seq(loaded: LoadedModel, config: EngineConfig, parts: Seq2SeqPart
 def _say_no_graphs(config: EngineConfig, reason: str) -> None:
     if config.compile is not None and config.compile.has_graphs:
         logger.warning("--torch-compile True: no CUDA graphs are captured, %s", reason)
+
+
+def _within_limits(
+    config: EngineConfig, loaded: LoadedModel, *stores: tuple[tuple[LayerShape, ...], int]
+) -> EngineConfig:
+    """Of a model that is spread, the config with a budget of which no device has to hold more than it can."""
+    if config.kv_limits is None:
+        return config
+    uses = [StoreUse(bytes_by_device(shapes, loaded.device), longest) for shapes, longest in stores]
+    return replace(config, kv_budget_bytes=budget_within(config.kv_budget_bytes, config.kv_limits, uses))
 
 
 def _pools(config: EngineConfig, stores: list[Store]) -> list[SlotPool]:

@@ -6,6 +6,7 @@ Made by model_manager from Settings and what the loaded model says.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,7 @@ class EngineConfig:
         max_source_len: most positions of an encoder's output (--static-cache-encoder-max-length where the cache is
             static); None for a model without encoder.
         kv_budget_bytes: most bytes of KV storage at any time (--kv-cache-memory); None for no bound of its own.
+        kv_limits: most bytes of it on each device, for a model that is spread over several; None for one that is not.
         is_prefix_caching: whether finished sequences' KV may serve later prompts (--prefix-caching).
         is_static_cache: one slot of max_model_len tokens for each of max_num_seqs, allocated when the engine is built.
         eos_token_ids: tokens that end a sequence unless it ignores EOS.
@@ -54,6 +56,7 @@ class EngineConfig:
     max_model_len: int
     max_source_len: int | None = None
     kv_budget_bytes: int | None = None
+    kv_limits: Mapping[str, int] | None = None
     is_prefix_caching: bool = True
     is_static_cache: bool = False
     eos_token_ids: frozenset[int] = frozenset()

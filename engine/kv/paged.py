@@ -22,7 +22,7 @@ class PagedStorage:
 
     Args:
         shapes: one entry a layer.
-        device: where the tensors live.
+        device: where the tensors of layers live that name no device.
         num_fixed: blocks that are allocated now, zeros, and never move; None for as many as the accounting says.
     """
 
@@ -68,15 +68,16 @@ class PagedStorage:
 
     def _resize(self, keep: tuple[int, ...], num_blocks: int) -> None:
         is_prefix = keep == tuple(range(len(keep)))
-        rows = None if is_prefix else torch.tensor(keep, dtype=torch.int64, device=self.device)
+        rows = None if is_prefix else torch.tensor(keep, dtype=torch.int64)
         # Layer by layer, so that old and new exist twice for one layer only.
         for layer, shape in enumerate(self.shapes):
             for tensors, dim in ((self.keys, shape.key_dim), (self.values, shape.value_dim)):
                 old = tensors[layer]
                 new = self._empty(num_blocks, shape, dim)
-                new[: len(keep)] = old[: len(keep)] if rows is None else old[rows]
+                new[: len(keep)] = old[: len(keep)] if rows is None else old[rows.to(old.device)]
                 tensors[layer] = new
 
     def _empty(self, num_blocks: int, shape: LayerShape, dim: int) -> torch.Tensor:
         # Not zeros: attention reads no position that was not written for the sequence that reads it.
-        return torch.empty((num_blocks, BLOCK_SIZE, shape.num_kv_heads, dim), dtype=shape.dtype, device=self.device)
+        size = (num_blocks, BLOCK_SIZE, shape.num_kv_heads, dim)
+        return torch.empty(size, dtype=shape.dtype, device=shape.device or self.device)

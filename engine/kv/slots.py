@@ -16,17 +16,30 @@ from engine.kv.pool import ClearSlot, CopySlot, ResizeArena, Slot, SlotOp
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """What one token of one layer takes: heads and head sizes of keys and values, as the model's own K and V arrive."""
+    """What one token of one layer takes: heads and head sizes of keys and values, as the model's own K and V arrive.
+
+    So does the device: a model may be spread over several. None for the storage's own.
+    """
 
     num_kv_heads: int
     key_dim: int
     value_dim: int
     dtype: torch.dtype
+    device: torch.device | None = None
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one token's key and value."""
         return self.num_kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+def bytes_by_device(shapes: Iterable[LayerShape], device: torch.device) -> dict[str, int]:
+    """Bytes of one token's keys and values on each device; `device` is that of layers which name none."""
+    sizes: dict[str, int] = {}
+    for shape in shapes:
+        name = str(shape.device or device)
+        sizes[name] = sizes.get(name, 0) + shape.bytes_per_token
+    return sizes
 
 
 @dataclass(slots=True)
@@ -45,7 +58,7 @@ class SlotStorage:
 
     Args:
         shapes: one entry a layer.
-        device: where the tensors live.
+        device: where the tensors of layers live that name no device.
     """
 
     def __init__(self, shapes: Iterable[LayerShape], device: torch.device) -> None:
@@ -106,7 +119,7 @@ class SlotStorage:
             for tensors, dim in ((arena.keys, shape.key_dim), (arena.values, shape.value_dim)):
                 size = (op.num_slots, shape.num_kv_heads, op.capacity, dim)
                 # Zeros: attention multiplies masked positions by a weight of 0, and 0 * NaN would be NaN.
-                new = torch.zeros(size, dtype=shape.dtype, device=self.device)
+                new = torch.zeros(size, dtype=shape.dtype, device=shape.device or self.device)
                 if layer < len(tensors):
                     old = tensors[layer]
                     for row, old_row in enumerate(op.keep):

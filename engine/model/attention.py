@@ -91,7 +91,7 @@ def flat_attention(
         return attend_cross(step.cross, query, call.scaling, lambda q, k, v, mask: attend(q, k, v, mask, call)), None
     _refuse_unknown(module, attention_mask, key, kwargs)
     if isinstance(step, Recording):
-        step.shapes.append(LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype))
+        step.shapes.append(LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device))
         step.windows.append(sliding_window)
         return _whole(query, key, value, call), None
     if isinstance(step, PagedStep):
@@ -99,14 +99,14 @@ def flat_attention(
             raise NotFlat("attention is given a position bias, which paged KV does not serve")
         return step.attend(query, key, value, call), None
     if position_bias is not None:
-        call = replace(call, bias=_bias(step, module))
+        call = replace(call, bias=_bias(step, module, query.device))
         if call.window is not None or softcap is not None or s_aux is not None:
             raise NotFlat("attention is given a position bias together with a window, a softcap or sinks")
     if step.windows is not None:
         step.windows.append(sliding_window)
     layer = step.num_calls
     step.num_calls += 1
-    return attend_flat(step.inputs, layer, query, key, value, call), None
+    return attend_flat(step.inputs.on(query.device), layer, query, key, value, call), None
 
 
 def attend_flat(
@@ -125,15 +125,16 @@ def attend_flat(
     return output
 
 
-def _bias(step: FlatStep, module: torch.nn.Module) -> torch.Tensor:
+def _bias(step: FlatStep, module: torch.nn.Module, device: torch.device) -> torch.Tensor:
     """The table of this layer, or of the layer before it that has one: T5's layers share the first one's."""
     if is_relative(module):
         if id(module) not in step.biases:
             step.biases[id(module)] = bias_table(module)
         step.bias = step.biases[id(module)]
-    if step.bias is None:
+    bias = step.bias_on(device)
+    if bias is None:
         raise NotFlat("attention is given a position bias that no layer learns")
-    return step.bias
+    return bias
 
 
 def attend(

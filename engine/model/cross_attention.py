@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -44,6 +44,11 @@ class CrossGroup:
     is_in_order: bool  # row n is the only one of slot n, for all slots up to num_slots
     mask: torch.Tensor | None  # bool [S, 1, 1, L], true where there is a source; None where all are as long as L
 
+    def on(self, device: torch.device) -> CrossGroup:
+        """The same with its tensors on another device."""
+        mask = None if self.mask is None else self.mask.to(device)
+        return replace(self, rows=self.rows.to(device), places=self.places.to(device), mask=mask)
+
 
 @dataclass(slots=True)
 class CrossChunk:
@@ -73,6 +78,15 @@ class CrossStep:
     chunks: tuple[CrossChunk, ...]
     alignment_heads: Mapping[int, list[int]]
     num_calls: int = 0
+    copies: dict[torch.device, tuple[CrossGroup, ...]] = field(default_factory=dict)
+
+    def groups_on(self, device: torch.device) -> tuple[CrossGroup, ...]:
+        """The groups for layers that compute on `device`; copied once a step where that is another."""
+        if not self.groups or self.groups[0].rows.device == device:
+            return self.groups
+        if device not in self.copies:
+            self.copies[device] = tuple(group.on(device) for group in self.groups)
+        return self.copies[device]
 
 
 def build_cross(
@@ -151,7 +165,7 @@ def attend_cross(step: CrossStep, query: torch.Tensor, scaling: float, attend: A
     rows = query[0].transpose(0, 1)  # [T, H, Dk]
     arena = (step.groups or step.chunks)[0].arena
     output = query.new_empty((rows.shape[0], rows.shape[1], arena.values[layer].shape[3]))
-    for group in step.groups:
+    for group in step.groups_on(query.device):
         output[group.rows] = _attend_group(group, layer, rows[group.rows], attend)
     for chunk in step.chunks:
         _attend_chunk(step, chunk, layer, rows[chunk.first : chunk.last], output[chunk.first : chunk.last], attend)

@@ -23,7 +23,7 @@ from engine.model.attention import NAME, NotFlat, flat_attention
 from engine.model.decoder_cache import StepCache
 from engine.model.positions import StepPositions
 from engine.model.runner import accepts
-from engine.model.step import Step, flat_step, step_logit_rows
+from engine.model.step import Step, flat_step, keep_logit_rows
 
 
 class FlatDecoder:
@@ -35,17 +35,27 @@ class FlatDecoder:
         hidden_size: of the encoder's output.
         num_layers: of the decoder.
         num_positions: most positions of a decoder sequence.
+        device: where inputs go.
     """
 
     def __init__(
-        self, model: Any, *, cross_shape: LayerShape, hidden_size: int, num_layers: int, num_positions: int
+        self,
+        model: Any,
+        *,
+        cross_shape: LayerShape,
+        hidden_size: int,
+        num_layers: int,
+        num_positions: int,
+        device: torch.device,
     ) -> None:
         AttentionInterface.register(NAME, flat_attention)
-        parameter = next(model.parameters())
+        dtype = next(model.parameters()).dtype
         self.model = model
-        self.marker = parameter.new_zeros((1, cross_shape.num_kv_heads, 1, cross_shape.key_dim))
+        marker_size = (1, cross_shape.num_kv_heads, 1, cross_shape.key_dim)
+        self.marker = torch.zeros(marker_size, dtype=dtype, device=device)
         self.biases: dict[int, torch.Tensor] = {}
-        self._encoder_output = BaseModelOutput(last_hidden_state=parameter.new_zeros((1, 1, hidden_size)))
+        hidden = torch.zeros((1, 1, hidden_size), dtype=dtype, device=device)
+        self._encoder_output = BaseModelOutput(last_hidden_state=hidden)
         self._cache = StepCache(num_layers, self.marker)
         decoder = model.get_decoder()
         # Encoder and decoder may share one config object; only the decoder's attention becomes ours.
@@ -61,7 +71,7 @@ class FlatDecoder:
             if not self._takes_positions:
                 self._positions = _own_positions(decoder, num_positions)
             head = model.get_output_embeddings()
-            self._hook = None if head is None else head.register_forward_pre_hook(_cut)
+            self._hook = None if head is None else head.register_forward_pre_hook(keep_logit_rows)
         except Exception:
             self.undo()
             raise
@@ -126,11 +136,3 @@ def _own_positions(decoder: torch.nn.Module, num_positions: int) -> str | None:
             setattr(decoder, name, StepPositions(module, num_positions))
             return name
     return None
-
-
-def _cut(_head: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Leave only the tokens whose logits are wanted: [1, T, D] -> [1, R, D]."""
-    rows = step_logit_rows()
-    if rows is None or rows.shape[0] == arguments[0].shape[1]:
-        return None
-    return (arguments[0][:, rows], *arguments[1:])

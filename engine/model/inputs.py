@@ -7,7 +7,7 @@ Called by model/runner.py once per step; model/attention.py reads the result onc
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -45,6 +45,19 @@ class DecodeGroup:
     masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
     bias_masks: dict[int, torch.Tensor] = field(default_factory=dict)
     write_rows: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> DecodeGroup:
+        """The same with its tensors on another device, and masks of its own."""
+        return replace(
+            self,
+            slots_tensor=self.slots_tensor.to(device),
+            positions=self.positions.to(device),
+            rows=None if self.rows is None else self.rows.to(device),
+            lengths_tensor=self.lengths_tensor.to(device),
+            masks={},
+            bias_masks={},
+            write_rows={},
+        )
 
     def rows_to_write(self, num_kv_heads: int) -> torch.Tensor:
         """Int64 [B * H]: where each row's head goes in an arena seen as [S * H * C, D]."""
@@ -94,6 +107,10 @@ class Chunk:
     masks: dict[tuple[int | None, int, int], torch.Tensor] = field(default_factory=dict)
     bias_masks: dict[int, torch.Tensor] = field(default_factory=dict)
 
+    def on(self, device: torch.device) -> Chunk:
+        """The same with masks on another device."""
+        return replace(self, device=device, masks={}, bias_masks={})
+
     @property
     def length(self) -> int:
         """Keys that the last token sees, its own included."""
@@ -136,7 +153,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class FlatInputs:
-    """The tensors of one flat step; `items` are the batch's, in the order of their tokens."""
+    """The tensors of one flat step; `items` are the batch's, in the order of their tokens.
+
+    Layers of a model that is spread compute on several devices: each device gets its copies once a step.
+    """
 
     items: tuple[ScheduledSequence, ...]
     input_ids: torch.Tensor  # int64 [1, T]
@@ -144,6 +164,23 @@ class FlatInputs:
     logit_rows: torch.Tensor  # int64 [R], the tokens whose logits are wanted
     groups: tuple[DecodeGroup, ...]
     chunks: tuple[Chunk, ...]
+    copies: dict[torch.device, FlatInputs] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> FlatInputs:
+        """These inputs for layers that compute on `device`."""
+        if device == self.input_ids.device:
+            return self
+        copy = self.copies.get(device)
+        if copy is None:
+            copy = self.copies[device] = FlatInputs(
+                items=self.items,
+                input_ids=self.input_ids.to(device),
+                position_ids=self.position_ids.to(device),
+                logit_rows=self.logit_rows.to(device),
+                groups=tuple(group.on(device) for group in self.groups),
+                chunks=tuple(chunk.on(device) for chunk in self.chunks),
+            )
+        return copy
 
 
 def build_inputs(

@@ -20,6 +20,7 @@ from engine.model.drift import measure_drift, trial_logits
 from engine.model.int4.linear import Int4Linear
 from engine.model.linear import prepack_linears
 from engine.model.native_linear import use_native_head
+from engine.model.placement import Placement, PlacementRequest, drop_idle_hooks, placement_of
 from engine.model.quantize import Quantisation, QuantiseRequest
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class LoadRequest:
         revision: hub revision; None for the default.
         trust_remote_code: whether code that comes with the checkpoint may run.
         quantise: how to quantise the linear layers to int4; None for not at all.
+        placement: how to spread the model over several devices, main memory and the disk; None for one device.
     """
 
     name: str
@@ -57,6 +59,7 @@ class LoadRequest:
     revision: str | None = None
     trust_remote_code: bool = False
     quantise: QuantiseRequest | None = None
+    placement: PlacementRequest | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,7 @@ class LoadedModel:
         decoder_prompt_ids: what an encoder-decoder's decoder begins with: the start token, and the one that its
             generation config forces after it (mBART's and M2M100's language).
         alignment_heads: of a speech model, by decoder layer, the heads that show where in the audio a token is.
+        placement: where the weights are, of a model that is spread; `device` is then where inputs go.
     """
 
     model: Any
@@ -84,6 +88,7 @@ class LoadedModel:
     max_source_positions: int | None = None
     alignment_heads: Mapping[int, list[int]] = field(default_factory=dict)
     decoder_prompt_ids: tuple[int, ...] = ()
+    placement: Placement | None = None
 
     @property
     def architecture(self) -> str:
@@ -101,7 +106,8 @@ def load_model(request: LoadRequest, progress: Progress) -> LoadedModel:
     if request.quantise is not None:
         return _load_quantised(model_class, request, request.quantise, progress)
     progress(f"loading the weights of {request.name}", None)
-    return _settle(_read(model_class, request, {}), request, progress)
+    arguments = {} if request.placement is None else request.placement.arguments
+    return _settle(_read(model_class, request, arguments), request, progress)
 
 
 def _read(model_class: Any, request: LoadRequest, arguments: dict[str, Any]) -> Any:
@@ -120,10 +126,15 @@ def _read(model_class: Any, request: LoadRequest, arguments: dict[str, Any]) -> 
 
 
 def _settle(model: Any, request: LoadRequest, progress: Progress) -> LoadedModel:
-    """Bring a model that was read to its device, in the form that is fastest there."""
-    progress(f"moving {request.name} to {request.device}", None)
-    model.to(torch.device(request.device))
+    """Bring a model that was read to its device, in the form that is fastest there; a spread one is where it is."""
+    if placement_of(model) is None:
+        progress(f"moving {request.name} to {request.device}", None)
+        model.to(torch.device(request.device))
     loaded = describe(model)
+    if loaded.placement is not None:
+        logger.info("the weights are spread: %s", loaded.placement)
+        if loaded.placement.devices == ("cpu",):
+            drop_idle_hooks(model)
     if loaded.device.type == "cpu":
         progress("packing the weights for this CPU", None)
         prepack_linears(model, max_extra_bytes=loaded.num_bytes // MAX_EXTRA_SHARE)
@@ -161,12 +172,13 @@ def describe(model: Any) -> LoadedModel:
     # The embedding has the padded size; the config's vocab_size may be smaller, and logits follow the embedding.
     embeddings = model.get_output_embeddings() or model.get_input_embeddings()
     vocab_size = embeddings.weight.shape[0] if hasattr(embeddings, "weight") else text.vocab_size
-    parameter = next(model.parameters())
+    placement = placement_of(model)
+    device = next(model.parameters()).device if placement is None else placement.device
     family = family_of(model.config)
     int4_layers = [module for module in model.modules() if isinstance(module, Int4Linear)]
     return LoadedModel(
         model=model,
-        device=parameter.device,
+        device=device,
         dtype=model.dtype,
         num_parameters=sum(p.numel() for p in model.parameters()) + sum(m.num_weights for m in int4_layers),
         num_bytes=sum(p.nbytes for p in model.parameters()) + sum(m.num_bytes for m in int4_layers),
@@ -177,6 +189,7 @@ def describe(model: Any) -> LoadedModel:
         max_source_positions=None if family == "decoder" else _max_source_positions(model.config),
         alignment_heads=_alignment_heads(model) if family == "speech" else {},
         decoder_prompt_ids=() if family == "decoder" else _decoder_prompt_ids(model),
+        placement=placement,
     )
 
 

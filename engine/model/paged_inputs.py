@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -79,6 +79,19 @@ class PagedInputs:
     lengths: tuple[int, ...]
     _tiles: dict[tuple[int, int], Tiles] = field(default_factory=dict)
     _new_runs: list[NewRuns | None] = field(default_factory=list)
+    _copies: dict[torch.device, PagedInputs] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> PagedInputs:
+        """These inputs for layers that compute on `device`; copied once a step where that is another."""
+        if device == self.input_ids.device:
+            return self
+        copy = self._copies.get(device)
+        if copy is None:
+            names = ("input_ids", "position_ids", "logit_rows", "slot_mapping", "query_starts", "context_lens",
+                     "block_tables")  # fmt: skip
+            tensors = {name: getattr(self, name).to(device) for name in names}
+            copy = self._copies[device] = replace(self, **tensors, _tiles={}, _new_runs=[], _copies={})
+        return copy
 
     def new_runs(self) -> NewRuns | None:
         """The longer runs that begin their sequences, where there are some; made once a step."""

@@ -6,6 +6,7 @@ Made by model/paged_runner.py, set as the current step, asked by model/attention
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -65,9 +66,13 @@ class PagedStep:
     ) -> torch.Tensor:
         """As attend, in a layer that is named."""
         keys, values = self.storage.keys[layer], self.storage.values[layer]
-        write(keys, key[0].transpose(0, 1), self.inputs.slot_mapping)
-        write(values, value[0].transpose(0, 1), self.inputs.slot_mapping)
-        return self.attention(query[0].transpose(0, 1), keys, values, self.inputs, call, (key[0], value[0]))[None]
+        inputs = self.inputs.on(query.device)
+        write(keys, key[0].transpose(0, 1), inputs.slot_mapping)
+        write(values, value[0].transpose(0, 1), inputs.slot_mapping)
+        # Triton starts a kernel on the current device, wherever its tensors are.
+        is_elsewhere = inputs is not self.inputs and torch.cuda.is_available()
+        with torch.cuda.device(query.device) if is_elsewhere else nullcontext():
+            return self.attention(query[0].transpose(0, 1), keys, values, inputs, call, (key[0], value[0]))[None]
 
 
 def write(cached: torch.Tensor, new: torch.Tensor, slot_mapping: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from engine.model.placement import execution_device
 from engine.model.step import step_positions
 
 
@@ -29,15 +30,14 @@ class StepPositions(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """[1, T, D] in a flat step, the model's own result elsewhere."""
-        positions = step_positions()
+        positions = step_positions(self._table.device)
         return self.inner(*args, **kwargs) if positions is None else self._table[positions]
 
 
 @torch.inference_mode()
 def _table(inner: torch.nn.Module, num_positions: int) -> torch.Tensor:
     names = inspect.signature(inner.forward).parameters
-    weight = next((t for t in (*inner.parameters(), *inner.buffers())), None)
-    device = torch.device("cpu") if weight is None else weight.device
+    device = execution_device(inner) or torch.device("cpu")
     # M2M100 numbers the tokens that are no padding, so none may be.
     ids = torch.full((1, num_positions), (getattr(inner, "padding_idx", None) or 0) + 1, device=device)
     first = ids.shape if "input_ids_shape" in names else ids

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from engine.model.placement import execution_device
+
 
 def is_relative(module: Any) -> bool:
     """Whether an attention module learns a bias by distance (T5 and its kin; in most of them only the first layer)."""
@@ -24,7 +26,8 @@ def bias_table(module: Any) -> torch.Tensor:
     and more share a bucket (Raffel et al. 2020, section 2.1).
     """
     num_distances = int(module.relative_attention_max_distance) + 1
-    bias: torch.Tensor = module.compute_bias(1, num_distances, past_seen_tokens=num_distances - 1)
+    device = execution_device(module.relative_attention_bias)
+    bias: torch.Tensor = module.compute_bias(1, num_distances, device, past_seen_tokens=num_distances - 1)
     return bias[0, :, 0].flip(-1).contiguous()
 
 

@@ -21,7 +21,8 @@ from engine.kv.slots import SlotStorage
 from engine.model.chosen_ids import ChosenIds
 from engine.model.inputs import FlatInputs, build_inputs
 from engine.model.module_state import ModuleState
-from engine.model.step import FlatStep, Step, flat_step
+from engine.model.placement import is_spread
+from engine.model.step import FlatStep, Step, flat_step, keep_logit_rows
 from engine.scheduler import Batch, ScheduledSequence
 from engine.sequence import Sequence, Source
 
@@ -58,6 +59,19 @@ def accepts(model: torch.nn.Module, name: str) -> bool:
     return name in inspect.signature(model.forward).parameters
 
 
+def cuts_logits(model: Any) -> bool:
+    """Whether the model computes only the logits that `logits_to_keep` asks for.
+
+    A spread one has its head's input cut instead, as the rows to keep and what they are of may be on two devices.
+    """
+    if not is_spread(model):
+        return accepts(model, "logits_to_keep")
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(keep_logit_rows)
+    return False
+
+
 class StepProgram(Protocol):
     """What computes a flat step, over slots or pages: a lane's own, or compiled steps in its place."""
 
@@ -76,7 +90,7 @@ class FlatModel:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self._keeps_rows = accepts(model, "logits_to_keep")
+        self._keeps_rows = cuts_logits(model)
 
     def run(self, step: Step) -> torch.Tensor:
         """As StepProgram.run."""
@@ -85,7 +99,7 @@ class FlatModel:
         with flat_step(step):
             output = self.model(input_ids=inputs.input_ids, position_ids=inputs.position_ids, use_cache=False, **kwargs)
         logits: torch.Tensor = output.logits[0]
-        return logits if self._keeps_rows else logits[inputs.logit_rows]
+        return logits if logits.shape[0] == inputs.logit_rows.shape[0] else logits[inputs.logit_rows]
 
 
 class FlatRunner:

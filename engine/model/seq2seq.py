@@ -117,4 +117,6 @@ def _keep_weights(cross: CrossStep) -> None:
     """Hand the alignment weights of a step to their sequences: float32 [heads, tokens, positions] each."""
     for chunk in cross.chunks:
         if chunk.weights:
-            chunk.sequence.alignment.append(torch.cat(chunk.weights).cpu().numpy())
+            first = chunk.weights[0].device  # layers may compute on several
+            weights = torch.cat([weights.to(first) for weights in chunk.weights])
+            chunk.sequence.alignment.append(weights.cpu().numpy())

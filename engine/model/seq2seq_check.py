@@ -79,6 +79,7 @@ def try_flat(model: Any, device: torch.device, *, num_positions: int, is_speech:
             hidden_size=hiddens[0].shape[-1],
             num_layers=len(shapes),
             num_positions=max(num_positions, _CAPACITY),  # the trial needs some however short sequences will be
+            device=device,
         )
         encoder = Encoder(model, device, decoder.plain)
         error = _Trial(decoder, encoder, shapes, cross_shapes, device).compare(prompts, hiddens, expected)
@@ -136,8 +137,8 @@ def _shapes(
     cache = Encoder(model, device, torch.no_grad).run_plain(hidden, None, num_tokens=2)
     own, cross = (
         tuple(
-            LayerShape(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3], layer.keys.dtype)
-            for layer in layers
+            LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device)
+            for keys, values in ((layer.keys, layer.values) for layer in layers)
         )
         for layers in (cache.self_attention_cache.layers, cache.cross_attention_cache.layers)
     )

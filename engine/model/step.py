@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -30,6 +31,7 @@ class FlatStep:
         windows: if given, is filled with the sliding window of each call.
         bias: the relative bias by distance [H, N] of the layer that has one; later layers share it.
         biases: by module, made once and kept by the runner.
+        bias_copies: of them, for layers that compute on other devices.
     """
 
     inputs: FlatInputs
@@ -39,6 +41,16 @@ class FlatStep:
     windows: list[int | None] | None = None
     bias: torch.Tensor | None = None
     biases: dict[int, torch.Tensor] = field(default_factory=dict)
+    bias_copies: dict[tuple[int, torch.device], torch.Tensor] = field(default_factory=dict)
+
+    def bias_on(self, device: torch.device) -> torch.Tensor | None:
+        """The relative bias for a layer that computes on `device`; copied once a step where that is another."""
+        if self.bias is None or self.bias.device == device:
+            return self.bias
+        key = (id(self.bias), device)
+        if key not in self.bias_copies:
+            self.bias_copies[key] = self.bias.to(device)
+        return self.bias_copies[key]
 
 
 Step = FlatStep | PagedStep  # a forward whose K and V are kept, in slots or in pages
@@ -71,11 +83,19 @@ def current_step() -> FlatStep | PagedStep | Recording | None:
     return _current
 
 
-def step_positions() -> torch.Tensor | None:
-    """Int64 [1, T], the positions of the step's tokens; None outside of a flat step."""
-    return _current.inputs.position_ids if isinstance(_current, FlatStep) else None
+def step_positions(device: torch.device) -> torch.Tensor | None:
+    """Int64 [1, T] on `device`, the positions of the step's tokens; None outside of a flat step."""
+    return _current.inputs.on(device).position_ids if isinstance(_current, FlatStep) else None
 
 
-def step_logit_rows() -> torch.Tensor | None:
-    """Int64 [R], the tokens of the step whose logits are wanted; None outside of a flat step."""
-    return _current.inputs.logit_rows if isinstance(_current, FlatStep) else None
+def keep_logit_rows(_head: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Of a head's input, leave only the tokens whose logits are wanted: [1, T, D] -> [1, R, D].
+
+    To be registered as a hook before a head's forward; does nothing outside of a step.
+    """
+    if not isinstance(_current, FlatStep | PagedStep):
+        return None
+    rows = _current.inputs.on(arguments[0].device).logit_rows
+    if rows.shape[0] == arguments[0].shape[1]:
+        return None
+    return (arguments[0][:, rows], *arguments[1:])
