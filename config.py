@@ -163,6 +163,13 @@ class Settings(BaseModel):
     kv_cache_memory: Annotated[Bytes | None, NoneWord] = _option(
         None, "most memory for keys and values, in bytes or as in 2GiB", shown="what is left, measured", ge=1
     )
+    # Room for models that are larger than a card, at a price: no step is faster than its slowest fetch.
+    device_map: Annotated[Literal["auto", "balanced", "balanced_low_0", "sequential"] | None, NoneWord] = _option(
+        None,
+        "spread a model that is larger than one GPU over several, then main memory, then the disk, as accelerate does: "
+        "for capacity, not for speed; auto (and accelerate's balanced, balanced_low_0, sequential), or none",
+        shown="none",
+    )
     prefix_caching: bool = _option(True, "reuse keys and values of a beginning that prompts share")
     # Small on CPU, where a step's time grows with its tokens and running streams wait for it; large on an accelerator.
     max_batch_tokens: Annotated[int | None, NoneWord] = _option(

@@ -64,8 +64,10 @@ def describe(info: ModelInfo, url: str) -> str:
     millions = info.num_parameters / 1e6
     size = f"{millions / 1e3:.1f} B" if millions >= 1000 else f"{millions:.1f} M"
     gib = info.kv_budget_bytes / 2**30
+    places = ", ".join(f"{num_bytes / 2**30:.1f} GiB on {name}" for name, num_bytes in info.placement.items())
     return (
-        f"ready: {info.name}, {info.architecture}, {size} parameters, {info.dtype} on {info.device}, lane {info.lane}, "
+        f"ready: {info.name}, {info.architecture}, {size} parameters, {info.dtype} on {info.device}"
+        f"{f' ({places})' if places else ''}, lane {info.lane}, "
         f"KV up to {gib:.1f} GiB at {info.kv_bytes_per_token} bytes a token, "
         f"context {info.max_model_len}, {url}/v1"
     )

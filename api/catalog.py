@@ -13,6 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
 from api.deps import Parts, UsesParts, check_model
+from runtime.model_loading import ModelInfo
 
 VERSION = "0.1.0"
 # Open to everyone: orchestrators have no keys, and these say nothing about requests.
@@ -30,7 +31,7 @@ async def health(parts: UsesParts) -> Response:
     if not is_dead and manager.state != "loading":
         info = manager.info
         body |= {"model": info.name, "family": info.family, "device": info.device}
-        body |= {"lane": info.lane, "lane_reason": info.lane_reason}
+        body |= {"lane": info.lane, "lane_reason": info.lane_reason} | _placement(info)
         if parts.settings.torch_compile:
             body["compiled_batch_sizes"] = list(manager.stats.compiled_batch_sizes)
             body["graph_batch_sizes"] = list(manager.stats.graph_batch_sizes)
@@ -95,4 +96,10 @@ def _entry(parts: Parts) -> dict[str, Any]:
         "num_parameters": info.num_parameters,
         "generation_defaults": dict(info.generation_defaults),
     }
+    entry |= _placement(info)
     return entry | {"languages": list(info.languages)} if info.family == "speech" else entry
+
+
+def _placement(info: ModelInfo) -> dict[str, Any]:
+    """Bytes of weights by where they are, of a model that is spread."""
+    return {"placement": dict(info.placement)} if info.placement else {}

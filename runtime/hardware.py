@@ -1,7 +1,7 @@
 """What this machine lets the process use: cores and free memory, with a container's limits counted.
 
-Knows nothing of models or settings; no torch here.
-Called by model_loading.py and engine_thread.py.
+Knows nothing of models or settings; torch is imported only to ask a device.
+Called by model_loading.py, placing.py, planning.py and engine_thread.py.
 """
 
 from __future__ import annotations
@@ -39,6 +39,18 @@ def free_memory_bytes(cgroup: Path = _CGROUP) -> int:
         return free
     # Cached files count as used, but leave when memory is needed.
     return max(0, min(free, limit - used + _inactive_file_bytes(cgroup)))
+
+
+def free_bytes_on(device: str) -> int:
+    """Bytes of memory that can still be taken on a device: cpu, mps, cuda or one card of several (cuda:1)."""
+    import torch
+
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    if device == "mps":
+        left = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return min(int(left), free_memory_bytes())
+    return free_memory_bytes()
 
 
 def give_free_memory_back() -> None:

@@ -11,13 +11,16 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import Settings, StartupError
 from engine.config import CompileConfig, EngineConfig
+from runtime.hardware import free_bytes_on
 from runtime.model_fit import check_fit, check_loaded, first_line, model_type_for
+from runtime.offload_folder import OffloadFolder
+from runtime.placing import place_for_loading
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -69,6 +72,7 @@ class ModelInfo:
         languages: codes of the languages a speech model can be told; empty for one that knows English only.
         max_source_len: most positions of an encoder's output; None without an encoder.
         decoder_prompt_ids: what an encoder-decoder's decoder begins with, unless the request says otherwise.
+        placement: of a model that is spread, bytes of weights by where they are between steps; empty otherwise.
     """
 
     name: str
@@ -88,17 +92,19 @@ class ModelInfo:
     languages: tuple[str, ...] = ()
     max_source_len: int | None = None
     decoder_prompt_ids: tuple[int, ...] = ()
+    placement: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedStack:
-    """All that serves one model; `make_transcriber` is there for speech models."""
+    """All that serves one model; `make_transcriber` is there for speech models, `offload_folder` is held meanwhile."""
 
     engine: StepEngine
     prompts: PromptEncoder
     tokenizer: Any
     info: ModelInfo
     make_transcriber: TranscriberMaker | None = None
+    offload_folder: OffloadFolder | None = None
 
 
 def load_model_stack(settings: Settings, progress: Progress) -> LoadedStack:
@@ -127,7 +133,8 @@ def load_model_stack(settings: Settings, progress: Progress) -> LoadedStack:
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
         )
-        loaded = _load_model(settings, source, device, family, tokenizer, progress)
+        folder = None if settings.device_map is None else OffloadFolder(_cache_root(settings) / "offload")
+        loaded = _load_model(settings, source, device, family, tokenizer, folder, progress)
         check_loaded(settings, loaded)
         config = _engine_config(settings, loaded, device)
         has_source = config.max_source_len is not None
@@ -142,7 +149,7 @@ def load_model_stack(settings: Settings, progress: Progress) -> LoadedStack:
         make_transcriber, languages = _speech(settings, source, loaded, tokenizer)
     engine = _build_engine(loaded, config, progress)
     info = replace(_info(settings, loaded, config, engine), languages=languages)
-    return LoadedStack(engine, prompts, tokenizer, info, make_transcriber)
+    return LoadedStack(engine, prompts, tokenizer, info, make_transcriber, folder)
 
 
 def source_of(settings: Settings) -> str:
@@ -194,7 +201,13 @@ def _use_cores() -> None:
 
 
 def _load_model(
-    settings: Settings, source: str, device: str, family: Family | None, tokenizer: Any, progress: Progress
+    settings: Settings,
+    source: str,
+    device: str,
+    family: Family | None,
+    tokenizer: Any,
+    folder: OffloadFolder | None,
+    progress: Progress,
 ) -> LoadedModel:
     from engine.model.loader import LoadError, LoadRequest, load_model
     from engine.model.quantize import QuantiseRequest
@@ -215,6 +228,8 @@ def _load_model(
         trust_remote_code=settings.trust_remote_code,
         quantise=quantise,
     )
+    if folder is not None:
+        request = replace(request, placement=place_for_loading(settings, request, device, folder))
     try:
         return load_model(request, progress)
     except LoadError as error:
@@ -270,14 +285,7 @@ def _engine_config(settings: Settings, loaded: LoadedModel, device: str) -> Engi
     default_tokens = MAX_BATCH_TOKENS_CPU if device == "cpu" else MAX_BATCH_TOKENS_ACCELERATOR
     if device != "cpu" and loaded.family == "speech" and loaded.max_source_positions is not None:
         default_tokens = WINDOWS_PER_STEP_ACCELERATOR * loaded.max_source_positions
-    free_bytes = free_bytes_on(device)
-    kv_budget_bytes = settings.kv_cache_memory
-    if kv_budget_bytes is None:
-        kv_budget_bytes = int(free_bytes * KV_SHARE_OF_FREE_MEMORY)
-    elif kv_budget_bytes > free_bytes:
-        raise StartupError(
-            f"--kv-cache-memory {kv_budget_bytes}: should be at most the {free_bytes} bytes that are free on {device}"
-        )
+    kv_budget_bytes, kv_limits = _kv_memory(settings, loaded, device)
     return EngineConfig(
         max_num_seqs=settings.continuous_batching_batch_size,
         # Every sequence of a full step needs room for its one token.
@@ -285,6 +293,7 @@ def _engine_config(settings: Settings, loaded: LoadedModel, device: str) -> Engi
         max_model_len=max_model_len_of(settings, loaded.max_positions),
         max_source_len=max_source_len_of(settings, loaded),
         kv_budget_bytes=kv_budget_bytes,
+        kv_limits=kv_limits,
         is_prefix_caching=settings.prefix_caching,
         is_static_cache=settings.static_cache,
         eos_token_ids=loaded.eos_token_ids,
@@ -294,17 +303,40 @@ def _engine_config(settings: Settings, loaded: LoadedModel, device: str) -> Engi
     )
 
 
+def _kv_memory(settings: Settings, loaded: LoadedModel, device: str) -> tuple[int | None, dict[str, int] | None]:
+    """Most bytes of KV in all, and on each device of a model that is spread: the engine knows what its layers take."""
+    asked, placement = settings.kv_cache_memory, loaded.placement
+    if placement is not None:
+        limits = {name: free_bytes_on(name) for name in placement.devices}
+        main = str(placement.device)
+        limits[main] = max(0, limits[main] - placement.largest_fetched)
+        if asked is not None:
+            return asked, limits
+        return None, {name: int(limit * KV_SHARE_OF_FREE_MEMORY) for name, limit in limits.items()}
+    free_bytes = free_bytes_on(device)
+    if asked is None:
+        return int(free_bytes * KV_SHARE_OF_FREE_MEMORY), None
+    if asked > free_bytes:
+        raise StartupError(
+            f"--kv-cache-memory {asked}: should be at most the {free_bytes} bytes that are free on {device}"
+        )
+    return asked, None
+
+
 def _compile_config(settings: Settings, device: str) -> CompileConfig:
     """How steps are compiled, and whether they are captured as CUDA graphs too, where there is CUDA."""
     mode = settings.torch_compile_mode
     if device == "mps":
         raise StartupError("--torch-compile True: should be with --accelerator-type cpu or cuda, not mps")
-    root = Path(settings.cache_dir or tempfile.mkdtemp(prefix="transformers-openai-api-"))
     return CompileConfig(
-        root / "compiled",
+        _cache_root(settings) / "compiled",
         is_autotuned=mode.startswith("max-autotune"),
         has_graphs=device == "cuda" and mode in ("reduce-overhead", "max-autotune"),
     )
+
+
+def _cache_root(settings: Settings) -> Path:
+    return Path(settings.cache_dir or tempfile.mkdtemp(prefix="transformers-openai-api-"))
 
 
 def _profile_directory() -> Path:
@@ -335,20 +367,6 @@ def max_source_len_of(settings: Settings, loaded: LoadedModel) -> int | None:
     return min(settings.max_model_len or MAX_MODEL_LEN_OF_UNBOUNDED, positions or MAX_MODEL_LEN_OF_UNBOUNDED)
 
 
-def free_bytes_on(device: str) -> int:
-    """Bytes of memory that can still be taken on a device."""
-    import torch
-
-    from runtime.hardware import free_memory_bytes
-
-    if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
-    if device == "mps":
-        left = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-        return min(int(left), free_memory_bytes())
-    return free_memory_bytes()
-
-
 def _build_engine(loaded: LoadedModel, config: EngineConfig, progress: Progress) -> Engine:
     from engine.build import build_engine
 
@@ -371,11 +389,12 @@ def _info(settings: Settings, loaded: LoadedModel, config: EngineConfig, engine:
         max_model_len=config.max_model_len,
         vocab_size=loaded.vocab_size,
         eos_token_ids=config.eos_token_ids,
-        kv_budget_bytes=config.kv_budget_bytes or 0,
+        kv_budget_bytes=engine.config.kv_budget_bytes or 0,
         kv_bytes_per_token=engine.lane.kv_bytes_per_token,
         num_parameters=loaded.num_parameters,
         generation_defaults={name: value for name, value in recommended.items() if value is not None},
         family=loaded.family,
         max_source_len=config.max_source_len,
         decoder_prompt_ids=loaded.decoder_prompt_ids,
+        placement={} if loaded.placement is None else loaded.placement.bytes_by_place,
     )

@@ -21,6 +21,7 @@ def plan_text(found: DryRun) -> str:
         ("model", [f"{found.model} ({found.architecture}), in {found.dtype} on {found.device}"]),
         ("on disk", _stored(found)),
         ("in memory", _weights(found)),
+        ("device map", _device_map(found)),
         ("lane", _lane(found)),
         ("KV", list(_kv(found))),
         ("memory", _memory(found)),
@@ -69,6 +70,23 @@ def _weights(found: DryRun) -> list[str]:
         lines.append(f"+ {size(weights.buffers)} of tables that are no parameters")
     if weights.packed_head:
         lines.append(f"+ up to {size(weights.packed_head)}: a packed copy of the head, which the embedding shares")
+    return lines
+
+
+def _device_map(found: DryRun) -> list[str]:
+    """Where weights would be; nothing without --device-map."""
+    if found.strategy is None:
+        return []
+    placement = found.placement
+    if placement is None:
+        return [f"{found.strategy}: everything fits on one device, as without it"]
+    lines = [f"{found.strategy}: {size(num_bytes)} on {name}" for name, num_bytes in placement.resident.items()]
+    lines += [
+        f"{found.strategy}: {size(num_bytes)} on {name}, fetched in each step: as slow as that takes"
+        for name, num_bytes in placement.fetched.items()
+    ]
+    if len(placement.devices) > 1:
+        lines.append(f"memory and KV below are those of {', '.join(placement.devices)} together")
     return lines
 
 

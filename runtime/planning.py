@@ -7,20 +7,23 @@ Called by main.py for `python main.py plan`.
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from config import Settings, StartupError
 from runtime import model_loading as loading
 from runtime.checkpoint import HeadersOutOfReach, NoWeights, StoredWeights, read_stored_weights
-from runtime.model_fit import check_fit, check_loaded, first_line, model_type_for
+from runtime.drawing import draw_model, read_config
+from runtime.hardware import free_bytes_on
+from runtime.model_fit import check_fit, check_loaded, model_type_for
+from runtime.placing import check_device_map, choose_placement
 from runtime.plan import Demand, Plan, make_plan
 
 if TYPE_CHECKING:
     from engine.model.blueprint import WeightBytes, Widths
     from engine.model.kv_cost import KVCost
     from engine.model.loader import LoadedModel, LoadRequest
+    from engine.model.placement import Placement
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +40,10 @@ class DryRun:
         weights: in memory.
         kv: of a sequence; None where that depends on values, and then why_no_kv says so.
         demand: all of it, as the plan's arithmetic wants it.
-        free_bytes: of the device now.
+        free_bytes: of the device now; of a model that is spread, of all devices that compute.
         plan: what fits.
+        placement: where the weights would be, of a model that --device-map spreads; None on one device.
+        strategy: of the device map; None without.
     """
 
     model: str
@@ -54,6 +59,8 @@ class DryRun:
     demand: Demand
     free_bytes: int
     plan: Plan
+    placement: Placement | None = None
+    strategy: str | None = None
 
 
 def dry_run(settings: Settings) -> DryRun:
@@ -65,6 +72,7 @@ def dry_run(settings: Settings) -> DryRun:
     source = loading.source_of(settings)
     loading.quieten_libraries()
     device = loading.device_for(settings)
+    check_device_map(settings, device)
     check_fit(settings, source, device)
     try:
         stored, why_not_stored = read_stored_weights(source, settings.revision), ""
@@ -80,15 +88,16 @@ def _reckon(settings: Settings, source: str, device: str, stored: StoredWeights 
     from engine.model.kv_cost import NotMeasurable, measure_kv
     from engine.model.loader import describe
 
-    config = _config(settings, source)
+    config = read_config(settings, source)
     request = _request(settings, source, device, config)
     dtype = resolve_dtype(settings.torch_dtype, config, None if stored is None else stored.main_dtype)
     quantised_by = _method(config)
-    model = _draw(request, config, dtype)
+    model = draw_model(request, config, dtype)
     weights = count_weights(model, dtype, device, int4_group_size=settings.hqq_group_size if settings.hqq else None)
     loading_bytes = weights.total
     if settings.hqq and settings.hqq_report:  # the plain weights come first, to compare with
         loading_bytes = count_weights(model, dtype, device).parameters
+    placement = _placement(settings, device, model, weights)
     loaded = describe(model)
     check_loaded(settings, loaded)
     widths = measure_widths(model, dtype)
@@ -101,7 +110,12 @@ def _reckon(settings: Settings, source: str, device: str, stored: StoredWeights 
     if kv is not None and kv.lane == "solo" and kv.is_certain and settings.static_cache:
         raise StartupError(f"--static-cache True: this model keeps a cache of its own for each sequence: {kv.reason}")
     demand = _demand(settings, loaded, device, kv, loading_bytes, weights, widths)
-    free_bytes = loading.free_bytes_on(device)
+    free_bytes = free_bytes_on(device)
+    if placement is not None:
+        # On the devices that compute: what stays there, and room for what is fetched.
+        needed = sum(placement.resident.values()) + placement.largest_fetched + weights.buffers
+        demand = replace(demand, resident_bytes=needed, loading_bytes=needed)
+        free_bytes = sum(free_bytes_on(name) for name in placement.devices)
     return DryRun(
         model=settings.hf_model,
         architecture=type(model).__name__,
@@ -116,19 +130,17 @@ def _reckon(settings: Settings, source: str, device: str, stored: StoredWeights 
         demand=demand,
         free_bytes=free_bytes,
         plan=make_plan(demand, free_bytes),
+        placement=placement,
+        strategy=settings.device_map,
     )
 
 
-def _config(settings: Settings, source: str) -> Any:
-    from transformers import AutoConfig
+def _placement(settings: Settings, device: str, model: Any, weights: WeightBytes) -> Placement | None:
+    """Where a drawn model's weights would be, if they have to be spread."""
+    from engine.model.placement import infer_map, placement_by
 
-    try:
-        return AutoConfig.from_pretrained(
-            source, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        # Serving could go on with a class of one's own, which brings its config; without it there is nothing to plan.
-        raise StartupError(f"--hf-model {settings.hf_model}: {first_line(error)}") from error
+    wanted = choose_placement(settings, device, weights)
+    return None if wanted is None else placement_by(model, infer_map(model, wanted))
 
 
 def _request(settings: Settings, source: str, device: str, config: Any) -> LoadRequest:
@@ -151,22 +163,6 @@ def _method(config: Any) -> str | None:
         return None
     entries = quantisation if isinstance(quantisation, dict) else vars(quantisation)
     return str(entries.get("quant_method", "an unnamed method"))
-
-
-def _draw(request: LoadRequest, config: Any, dtype: Any) -> Any:
-    from transformers import GenerationConfig
-
-    from engine.model.blueprint import draw
-    from engine.model.loader import LoadError
-
-    try:
-        model = draw(request, config, dtype)
-    except LoadError as error:
-        raise StartupError(" ".join(str(error).split())) from error
-    with suppress(OSError):  # many checkpoints have none
-        # It may ask for another kind of cache than the model's own.
-        model.generation_config = GenerationConfig.from_pretrained(request.name, revision=request.revision)
-    return model
 
 
 def _demand(

@@ -10,8 +10,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import model_manager
+from config import Settings
 from tests.api import scripted
-from tests.api.conftest import MakeHarness, run_async
+from tests.api.conftest import MakeHarness, opened, run_async
 from tests.api.scripted import says
 from tests.api.test_chat import HELLO, post
 
@@ -25,10 +26,21 @@ def test_models_are_listed_and_found_by_names_with_slashes(harness: MakeHarness)
             assert entry["id"] == "org/tiny" and entry["object"] == "model" and isinstance(entry["created"], int)
             assert entry["owned_by"] and entry["max_model_len"] == 512 and entry["lane"] == "solo"
             assert entry["generation_defaults"] == {"temperature": 0.6}
-            assert entry["family"] == "decoder" and "languages" not in entry
+            assert entry["family"] == "decoder" and not {"languages", "placement"} & set(entry)
             assert (await h.client.get("/health")).json()["family"] == "decoder"
             for name in ("org/tiny", "org%2Ftiny", "model"):
                 assert (await h.client.get(f"/models/{name}")).json() == entry
+
+    run_async(scenario())
+
+
+def test_a_model_that_is_spread_says_where_its_weights_are(engine: scripted.ScriptedEngine, tokenizer: Any) -> None:
+    async def scenario() -> None:
+        settings, places = Settings(hf_model="org/tiny", device_map="auto"), {"cuda:0": 5, "cpu": 3}
+        load = scripted.stack(engine, tokenizer, placement=places)
+        async with opened(settings, model_manager.ModelManager(settings, load)) as (_, client):
+            assert (await client.get("/health")).json()["placement"] == places
+            assert (await client.get("/v1/models")).json()["data"][0]["placement"] == places
 
     run_async(scenario())
 
