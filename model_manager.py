@@ -111,6 +111,11 @@ class ModelManager:
         return self._admission.num_inside
 
     @property
+    def num_audio_windows(self) -> int:
+        """Windows of all recordings that are being written down."""
+        return 0 if self._transcriber is None else self._transcriber.num_windows_in_flight
+
+    @property
     def info(self) -> ModelInfo:
         """What was loaded; raises NotServing before it is."""
         return self._loaded_stack().info

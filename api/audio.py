@@ -48,13 +48,15 @@ async def _read_upload(request: Request) -> Upload:
 
     Raises:
         CallerError: it is no form, has no audio, or asks for another model.
+        QueueFull: as many uploads as there may be are being read.
     """
     parts = get_parts(request)
     check_transcribes(parts.manager.info)  # before megabytes are read for nothing
     settings = parts.settings
-    form = await read_form(
-        request, file_field=AUDIO_FIELD, max_file_bytes=settings.max_audio_size, option="--max-audio-size"
-    )
+    with parts.uploads.place():
+        form = await read_form(
+            request, file_field=AUDIO_FIELD, max_file_bytes=settings.max_audio_size, option="--max-audio-size"
+        )
     try:
         fields = TranscriptionBody.model_validate(unfold(form.fields))
     except ValidationError as error:
@@ -111,15 +113,12 @@ async def _transcribe(
 ) -> AsyncGenerator[TranscriptionEvent, None]:
     """The events of a transcription, counted; closing it ends the transcription."""
     tally = RecordingTally(parts.metrics, asked.arrival_time_s)
-    try:
-        async with aclosing(parts.manager.transcribe(asked)) as events:
-            async for event in events:
-                tally.take(event)
-                if isinstance(event, Finished):
-                    _log(request_id, asked.task, tally, event)
-                yield event
-    finally:
-        tally.close()
+    async with aclosing(parts.manager.transcribe(asked)) as events:
+        async for event in events:
+            tally.take(event)
+            if isinstance(event, Finished):
+                _log(request_id, asked.task, tally, event)
+            yield event
 
 
 def _log(request_id: str, task: Task, tally: RecordingTally, end: Finished) -> None:

@@ -21,6 +21,7 @@ from api.metrics import Metrics
 from config import Settings
 from model_manager import ModelInfo, ModelManager
 from models import ChatCompletionRequest, CompletionRequest, GenerationFields
+from runtime.admission import Admission
 from text.token_bytes import TokenBytes, token_bytes_of
 
 RequestModel = TypeVar("RequestModel", bound=GenerationFields)
@@ -45,6 +46,8 @@ class Parts:
         self.created = int(time.time())
         # Makes the seeds of requests without one, repeatable with --seed.
         self.seeds = random.Random(settings.seed)
+        # Held in memory until they are whole, before a place in the server is taken: they need a bound of their own.
+        self.uploads = Admission(settings.max_concurrent, "uploads are being read")
 
     @property
     def pieces(self) -> TokenBytes:

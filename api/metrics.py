@@ -41,7 +41,6 @@ class Metrics:
         self.num_generated_tokens = 0
         self.num_audio_seconds = 0.0
         self.num_audio_fallbacks = 0
-        self.num_audio_windows = 0  # of recordings that are being transcribed
         self.num_finished = {"stop": 0, "length": 0}
         self._first_token = _Histogram("time_to_first_token_seconds", "From arrival to the first token")
         self._inter_token = _Histogram("inter_token_latency_seconds", "Between two tokens", _STEP_BUCKETS)
@@ -113,7 +112,6 @@ class RecordingTally:
         self.elapsed_s = time.monotonic() - self._arrival_s
         if isinstance(event, Recording):
             self.recording = event
-            self._metrics.num_audio_windows += event.num_windows
         elif isinstance(event, Segment):
             self._hear(event.end_s)
         else:
@@ -124,10 +122,6 @@ class RecordingTally:
         until_s = min(until_s, self.recording.duration_s)
         self._metrics.num_audio_seconds += max(0.0, until_s - self._heard_s)
         self._heard_s = max(self._heard_s, until_s)
-
-    def close(self) -> None:
-        """It is over, finished or not."""
-        self._metrics.num_audio_windows -= self.recording.num_windows
 
 
 class _Histogram(Collector):
@@ -169,7 +163,7 @@ class _EngineCollector(Collector):
             ("num_compiled_batch_sizes", "Sizes of steps that are compiled", len(stats.compiled_batch_sizes)),
             ("num_graph_batch_sizes", "Sizes of steps that are CUDA graphs", len(stats.graph_batch_sizes)),
             ("kv_cache_usage_ratio", "Share of the KV budget that is allocated", stats.kv_cache_usage_ratio),
-            ("num_audio_windows", "Windows of the recordings that are being transcribed", metrics.num_audio_windows),
+            ("num_audio_windows", "Windows of audio that are being written down", self._manager.num_audio_windows),
         ):
             yield GaugeMetricFamily(PREFIX + name, meaning, value)
         for name, meaning, value in (

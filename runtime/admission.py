@@ -1,7 +1,7 @@
 """Who is in the server: a bounded number of requests, and when to come back for those who find it full.
 
 Knows nothing of what requests are; lives on the event loop only.
-Owned by model_manager.py.
+Owned by model_manager.py; api/deps.py has one more, for uploads that are being read.
 """
 
 from __future__ import annotations
@@ -20,10 +20,16 @@ _MAX_RETRY_S = 60.0
 
 
 class Admission:
-    """Counts requests in and out; from how fast they left of late it knows when a place will be free."""
+    """Counts requests in and out; from how fast they left of late it knows when a place will be free.
 
-    def __init__(self, max_concurrent: int) -> None:
+    Args:
+        max_concurrent: most at once.
+        what: they are and do, for those who find no place.
+    """
+
+    def __init__(self, max_concurrent: int, what: str = "requests are in the server") -> None:
         self._max_concurrent = max_concurrent
+        self._what = what
         self._num_inside = 0
         self._nobody_inside = asyncio.Event()
         self._nobody_inside.set()
@@ -40,7 +46,7 @@ class Admission:
         """Holds one request's place; raises QueueFull when there is none."""
         if self._num_inside >= self._max_concurrent:
             raise QueueFull(
-                f"{self._num_inside} requests are in the server, as many as --max-concurrent allows",
+                f"{self._num_inside} {self._what}, as many as --max-concurrent allows",
                 retry_after_s=self._retry_after_s(time.monotonic()),
             )
         self._num_inside += 1

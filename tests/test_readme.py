@@ -263,6 +263,7 @@ def test_every_metric_that_the_text_names_exists_and_the_other_way_round() -> No
 
     class Manager:
         stats = EngineStats()
+        num_audio_windows = 0
 
     exposed = Metrics(Manager()).text().decode()  # type: ignore[arg-type]  # all that it asks of a manager
     kinds = dict(re.findall(rf"# TYPE {PREFIX}(\w+) (\w+)", exposed))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from api.metrics import Metrics
 from config import Settings
 from engine.errors import NotServing, RequestTimeout, UnsupportedParameter
 from engine.sequence import SequenceOutput
@@ -89,6 +90,8 @@ def test_hanging_up_aborts_every_window() -> None:
             assert isinstance(await anext(stream), Recording)
             pending = asyncio.create_task(anext(stream))
             await until(lambda: manager.stats.num_running == 2)
+            text = Metrics(manager).text().decode()
+            assert manager.num_audio_windows == 2 and "num_audio_windows 2.0" in text
             pending.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await pending
