@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from engine.build import build_engine
-from engine.compile.compiler import Compiler
 from engine.compile.paged_trial import NUM_TRIAL_BLOCKS
 from engine.config import CompileConfig, EngineConfig
 from engine.engine import Engine
@@ -40,13 +39,8 @@ def exact_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
-@pytest.fixture
-def _nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Compiler, "request", lambda *_: None)
-
-
 def _engine(name: str, directory: Path, dtype: torch.dtype = torch.float32, **limits: Any) -> Engine:
-    how = CompileConfig(directory, has_graphs=True)
+    how = CompileConfig(directory, has_code=False, has_graphs=True)
     config = EngineConfig(
         **{"max_num_seqs": 8, "max_batch_tokens": 256, "max_model_len": 256, "compile": how, **limits}
     )
@@ -75,11 +69,11 @@ def _serve(engine: Engine, prompts: list[list[int]], num_tokens: int = NUM_TOKEN
     return [tokens(outputs[n]) for n in range(len(prompts))]
 
 
-@pytest.mark.usefixtures("_nothing_is_compiled")
+@pytest.mark.parametrize("is_overlapped", [False, True])
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma2", "gpt2"])
-def test_tokens_are_those_of_generate_in_graphs_of_every_size(name: str, tmp_path: Path) -> None:
+def test_tokens_are_those_of_generate_in_graphs_of_every_size(name: str, is_overlapped: bool, tmp_path: Path) -> None:
     expected = [_generate(name, prompt) for prompt in _prompts()]
-    engine = _engine(name, tmp_path)
+    engine = _engine(name, tmp_path, is_overlapped=is_overlapped)
     for stagger in (1, 3):  # the first time while they are captured
         assert _serve(engine, _prompts(), stagger=stagger) == expected
         assert engine.stats().graph_batch_sizes == SIZES
@@ -107,14 +101,12 @@ def _count_replays(engine: Engine) -> list[int]:
     return used
 
 
-@pytest.mark.usefixtures("_nothing_is_compiled")
 @pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3"])
 def test_a_model_with_routers_is_right_whether_it_can_be_captured_or_not(name: str, tmp_path: Path) -> None:
     engine = _captured(_engine(name, tmp_path))
     assert _serve(engine, _prompts()) == [_generate(name, prompt) for prompt in _prompts()]
 
 
-@pytest.mark.usefixtures("_nothing_is_compiled")
 @pytest.mark.parametrize("limits", [{"is_static_cache": True}, {"num_pages": 10}, {"max_batch_tokens": 9}])
 def test_a_static_cache_preemption_and_chunks_change_nothing(limits: dict[str, Any], tmp_path: Path) -> None:
     prompts = [zoo.prompt(12 + 5 * n, seed=n) for n in range(6)]
@@ -135,7 +127,6 @@ def test_a_static_cache_preemption_and_chunks_change_nothing(limits: dict[str, A
     assert engine.stats().graph_batch_sizes == SIZES
 
 
-@pytest.mark.usefixtures("_nothing_is_compiled")
 def test_what_else_is_allocated_and_freed_does_not_reach_into_a_graph(tmp_path: Path) -> None:
     expected = [_generate("llama", prompt) for prompt in _prompts()]
     engine = _captured(_engine("llama", tmp_path))
@@ -148,7 +139,6 @@ def test_what_else_is_allocated_and_freed_does_not_reach_into_a_graph(tmp_path: 
     assert _serve(engine, _prompts()) == expected
 
 
-@pytest.mark.usefixtures("_nothing_is_compiled")
 def test_a_replay_allocates_nothing_and_copies_tokens_that_only_the_device_knows(tmp_path: Path) -> None:
     engine = _captured(_engine("llama", tmp_path))
     graphs = engine.compiled
@@ -169,13 +159,12 @@ def test_a_replay_allocates_nothing_and_copies_tokens_that_only_the_device_knows
         assert back is not None and torch.equal(back, first)
 
 
-@pytest.mark.usefixtures("_nothing_is_compiled")
 def test_a_step_that_waits_for_the_device_stays_eager_and_others_can_be_captured(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = _engine("llama", tmp_path)
     stream = torch.cuda.current_stream()
-    model = engine.runner.program.program.model  # type: ignore[attr-defined]
+    model = engine.runner.program.model  # type: ignore[attr-defined]
     handle = model.register_forward_pre_hook(lambda *_: bool(torch.ones(1, device="cuda").any()) and None)
     expected = _generate("llama", zoo.prompt(9))
     assert _serve(engine, [zoo.prompt(9)]) == [expected]
@@ -202,7 +191,6 @@ def test_captures_share_one_pool() -> None:
     assert taken < 112 * 2**20
 
 
-@pytest.mark.usefixtures("_nothing_is_compiled")
 def test_bfloat16_is_captured_too(tmp_path: Path) -> None:
     engine = _captured(_engine("llama", tmp_path, torch.bfloat16))
     assert engine.stats().graph_batch_sizes == SIZES

@@ -37,19 +37,27 @@ NUM_TOKENS = 20
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs alone, unless a test says otherwise; and each is taken to be the faster."""
-    monkeypatch.setattr("engine.compile.compiler.Compiler.request", lambda *_: None)
+def whatever_comes_later_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is taken to be the faster, unless a test says otherwise."""
     monkeypatch.setattr("engine.graphs.steps.time_compute", Stopwatch())
 
 
-def graphed(name: str, recorder: Any, directory: Path, sizes: tuple[int, ...] | None = None, **limits: Any) -> Engine:
-    how = CompileConfig(directory, has_graphs=True, sizes=sizes)
+def graphed(
+    name: str,
+    recorder: Any,
+    directory: Path,
+    sizes: tuple[int, ...] | None = None,
+    *,
+    has_code: bool = False,
+    **limits: Any,
+) -> Engine:
+    how = CompileConfig(directory, has_code=has_code, has_graphs=True, sizes=sizes)
     config = EngineConfig(
         **{"max_num_seqs": 4, "max_batch_tokens": 256, "max_model_len": 256, "compile": how, **limits}
     )
     loaded = describe(tiny_model(name))
-    sampler = Sampler(loaded.vocab_size, loaded.eos_token_ids, loaded.device)
+    is_deferring = True if config.is_overlapped else None
+    sampler = Sampler(loaded.vocab_size, loaded.eos_token_ids, loaded.device, is_deferring=is_deferring)
     with torch.inference_mode():
         choice = choose_lane(loaded.model, loaded.device)
         engine = build_paged(loaded, config, choice, sampler, attend_blocks, recorder)
@@ -68,11 +76,11 @@ def prompts() -> list[list[int]]:
     return [zoo.prompt(length, seed=number) for number, length in enumerate(LENGTHS)]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_tokens_are_those_of_generate_as_sequences_come_and_go(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "is_overlapped"), [*((name, False) for name in FAMILIES), ("llama", True)])
+def test_tokens_are_those_of_generate_as_sequences_come_and_go(name: str, is_overlapped: bool, tmp_path: Path) -> None:
     expected = [reference(name, prompt, NUM_TOKENS) for prompt in prompts()]
     recorder = TwinRecorder()
-    engine = graphed(name, recorder, tmp_path, max_batch_tokens=64)
+    engine = graphed(name, recorder, tmp_path, max_batch_tokens=64, is_overlapped=is_overlapped)
     for _ in range(2):  # the first time while graphs are captured, the second time with every prefix computed
         outputs = drive(engine, [greedy(n, prompt, NUM_TOKENS) for n, prompt in enumerate(prompts())])
         assert [tokens(outputs[n]) for n in range(8)] == expected
@@ -264,7 +272,7 @@ def test_graphs_are_captured_again_around_compiled_code(
 
     monkeypatch.setattr(compiled_steps.CompiledSteps, "__init__", with_load)
     recorder = TwinRecorder()
-    engine = captured(graphed(name, recorder, tmp_path, sizes=(1, 4)))
+    engine = captured(graphed(name, recorder, tmp_path, sizes=(1, 4), has_code=True))
     assert recorder.sizes == [4, 1, 1, 4]
     stats = engine.stats()
     assert (stats.compiled_batch_sizes, stats.graph_batch_sizes) == ((1, 4), (1, 4))
