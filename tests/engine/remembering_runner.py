@@ -20,7 +20,7 @@ from engine.kv.manager import KVManager
 from engine.kv.paged import PagedStorage
 from engine.kv.paged_manager import PagedManager
 from engine.kv.paged_pool import BlockPool
-from engine.kv.pool import SlotPool, size_classes
+from engine.kv.pool import SlotPool
 from engine.kv.prefix import BLOCK_SIZE
 from engine.kv.slots import LayerShape, SlotStorage
 from engine.model.inputs import FlatInputs
@@ -34,6 +34,7 @@ VOCAB_SIZE = 256
 _SHAPE = LayerShape(1, 1, 1, torch.float64)
 _TABLE = torch.randn(509, VOCAB_SIZE, generator=torch.Generator().manual_seed(5)) * 2
 _CPU = torch.device("cpu")
+_CAPACITIES = (24, 70, 80, 128)  # little more than is asked for at first, so that long outputs move
 
 
 class Poisoned(Exception):
@@ -124,7 +125,7 @@ def remembering_engine(kind: str, budget_tokens: int | None = None, **limits: An
     runner: RememberingSlots | RememberingPages
     kv: KVAccounting
     if kind == "slots":
-        kv = slots = KVManager(SlotPool(size_classes(16, 128), 8, budget_tokens), is_prefix_caching=True)
+        kv = slots = KVManager(SlotPool(_CAPACITIES, 8, budget_tokens), is_prefix_caching=True)
         runner = RememberingSlots(model, SlotStorage([_SHAPE], _CPU), slots.slot_of, _CPU)
     else:
         most = 100 if budget_tokens is None else budget_tokens // BLOCK_SIZE

@@ -172,6 +172,15 @@ def test_who_is_sure_to_end_has_no_row_for_nothing(storage: str) -> None:
     assert results[0] == results[1]
 
 
+def test_a_slot_that_must_grow_takes_along_what_was_just_computed() -> None:
+    results = []
+    for is_overlapped in (False, True):
+        engine, _ = remembering_engine("slots", is_overlapped=is_overlapped)
+        results.append(serve(engine, _requests(3, 100)))
+        assert [len(entries) for entries in results[-1].values()] == [100] * 3
+    assert results[0] == results[1]
+
+
 def test_a_token_that_is_chosen_again_costs_its_sequence_no_more_than_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (filters, sampler):
         monkeypatch.setattr(module, "NUM_CANDIDATES_DEFERRED", 1)
