@@ -99,6 +99,9 @@ def main() -> None:
     parser.add_argument("--int4", action="store_true", help="int4 weights, as with --hqq True")
     parser.add_argument("--group-size", type=int, default=64, help="of int4 weights")
     parser.add_argument("--cache", type=Path, default=Path("build/int4"), help="where int4 weights are kept")
+    parser.add_argument(
+        "--in-turn", action="store_true", help="no step is launched before the last one's tokens are read"
+    )
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--profile", type=Path, metavar="TRACE", help="profile with torch; a Chrome trace goes here")
     arguments = parser.parse_args()
@@ -113,6 +116,7 @@ def main() -> None:
         max_batch_tokens=arguments.batch_tokens,
         max_model_len=arguments.prompt_tokens + arguments.new_tokens,
         is_prefix_caching=False,
+        is_overlapped=loaded.device.type == "cuda" and not arguments.in_turn,
     )
     engine = build_engine(loaded, config, lambda _what, _share: None)
     sys.stdout.write(f"lane {engine.lane.name}: {engine.lane.reason}\n")

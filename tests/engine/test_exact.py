@@ -43,6 +43,16 @@ def test_chunked_prefill_changes_nothing(name: str) -> None:
     assert [tokens(outputs[n]) for n in range(8)] == expected
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "deepseek_v3", "bloom"])
+def test_steps_that_overlap_give_the_same_tokens(name: str) -> None:
+    expected = [reference(name, prompt, NUM_TOKENS) for prompt in _prompts()]
+    engine = engine_for(name, is_overlapped=True, max_batch_tokens=64)
+    assert engine.pipeline.is_on == (engine.lane.name == "flat")
+    for _ in range(2):  # the second time with every prefix computed
+        outputs = drive(engine, [greedy(n, prompt, NUM_TOKENS) for n, prompt in enumerate(_prompts())], stagger=5)
+        assert [tokens(outputs[n]) for n in range(8)] == expected
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "opt"])
 def test_preemption_changes_nothing(name: str) -> None:
     prompts = [zoo.prompt(12, seed=n) for n in range(6)]

@@ -50,7 +50,7 @@ def _prompts() -> list[list[int]]:
 def _build(name: str, attention: Any = attend_blocks, **limits: Any) -> Engine | None:
     config = EngineConfig(**{"max_num_seqs": 8, "max_batch_tokens": 256, "max_model_len": 256, **limits})
     loaded = describe(tiny_model(name))
-    sampler = Sampler(loaded.vocab_size, loaded.eos_token_ids, loaded.device)
+    sampler = Sampler(loaded.vocab_size, loaded.eos_token_ids, loaded.device, is_deferring=config.is_overlapped)
     with torch.inference_mode():
         choice = choose_lane(loaded.model, loaded.device)
         assert choice.lane == "flat"
@@ -75,12 +75,22 @@ def test_tokens_are_those_of_generate_and_so_of_slots(name: str, max_batch_token
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_preemption_changes_nothing(name: str) -> None:
+def test_steps_that_overlap_give_the_same_tokens(name: str) -> None:
+    expected = [reference(name, prompt, NUM_TOKENS) for prompt in _prompts()]
+    engine = _paged(name, is_overlapped=True, max_batch_tokens=64)
+    for _ in range(2):
+        outputs = drive(engine, [greedy(n, prompt, NUM_TOKENS) for n, prompt in enumerate(_prompts())], stagger=5)
+        assert [tokens(outputs[n]) for n in range(8)] == expected
+
+
+@pytest.mark.parametrize("is_overlapped", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_preemption_changes_nothing(name: str, is_overlapped: bool) -> None:
     prompts = [zoo.prompt(12, seed=n) for n in range(4)]
     expected = [reference(name, prompt, 60) for prompt in prompts]
     # Room for two whole sequences of four and a bit.
     budget = 7 * BLOCK_SIZE * engine_for(name).lane.kv_bytes_per_token
-    engine = _paged(name, kv_budget_bytes=budget)
+    engine = _paged(name, kv_budget_bytes=budget, is_overlapped=is_overlapped)
     outputs = drive(engine, [greedy(n, prompt, 60) for n, prompt in enumerate(prompts)])
     assert [tokens(outputs[n]) for n in range(4)] == expected
     stats = engine.stats()

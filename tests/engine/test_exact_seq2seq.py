@@ -82,6 +82,16 @@ def test_every_family_gives_generates_tokens_alone_and_among_others(name: str) -
     assert [tokens(outputs[n]) for n in range(len(LENGTHS))] == expected
 
 
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_steps_that_overlap_give_the_same_tokens(name: str) -> None:
+    expected = [zoo.generate(model_of(name), ids, NUM_TOKENS) for ids in sources()]
+    engine = engine_of(name, is_overlapped=True)
+    assert engine.pipeline.is_on
+    for _ in range(2):
+        outputs = drive(engine, [sequence(n, text(ids)) for n, ids in enumerate(sources())], stagger=5)
+        assert [tokens(outputs[n]) for n in range(len(LENGTHS))] == expected
+
+
 def test_whisper_gives_generates_tokens_alone_and_among_others() -> None:
     prompts = [[zoo.START_ID], prompt(4, seed=1), prompt(30, seed=2), prompt(2, seed=3), prompt(11, seed=4)]
     expected = [generate_speech(model_of("whisper"), n, ids, NUM_TOKENS) for n, ids in enumerate(prompts)]

@@ -37,27 +37,19 @@ NUM_TOKENS = 20
 
 
 @pytest.fixture(autouse=True)
-def whatever_comes_later_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is taken to be the faster, unless a test says otherwise."""
+def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs alone, unless a test says otherwise; and each is taken to be the faster."""
+    monkeypatch.setattr("engine.compile.compiler.Compiler.request", lambda *_: None)
     monkeypatch.setattr("engine.graphs.steps.time_compute", Stopwatch())
 
 
-def graphed(
-    name: str,
-    recorder: Any,
-    directory: Path,
-    sizes: tuple[int, ...] | None = None,
-    *,
-    has_code: bool = False,
-    **limits: Any,
-) -> Engine:
-    how = CompileConfig(directory, has_code=has_code, has_graphs=True, sizes=sizes)
+def graphed(name: str, recorder: Any, directory: Path, sizes: tuple[int, ...] | None = None, **limits: Any) -> Engine:
+    how = CompileConfig(directory, has_graphs=True, sizes=sizes)
     config = EngineConfig(
         **{"max_num_seqs": 4, "max_batch_tokens": 256, "max_model_len": 256, "compile": how, **limits}
     )
     loaded = describe(tiny_model(name))
-    is_deferring = True if config.is_overlapped else None
-    sampler = Sampler(loaded.vocab_size, loaded.eos_token_ids, loaded.device, is_deferring=is_deferring)
+    sampler = Sampler(loaded.vocab_size, loaded.eos_token_ids, loaded.device, is_deferring=config.is_overlapped)
     with torch.inference_mode():
         choice = choose_lane(loaded.model, loaded.device)
         engine = build_paged(loaded, config, choice, sampler, attend_blocks, recorder)
@@ -76,11 +68,11 @@ def prompts() -> list[list[int]]:
     return [zoo.prompt(length, seed=number) for number, length in enumerate(LENGTHS)]
 
 
-@pytest.mark.parametrize(("name", "is_overlapped"), [*((name, False) for name in FAMILIES), ("llama", True)])
-def test_tokens_are_those_of_generate_as_sequences_come_and_go(name: str, is_overlapped: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokens_are_those_of_generate_as_sequences_come_and_go(name: str, tmp_path: Path) -> None:
     expected = [reference(name, prompt, NUM_TOKENS) for prompt in prompts()]
     recorder = TwinRecorder()
-    engine = graphed(name, recorder, tmp_path, max_batch_tokens=64, is_overlapped=is_overlapped)
+    engine = graphed(name, recorder, tmp_path, max_batch_tokens=64)
     for _ in range(2):  # the first time while graphs are captured, the second time with every prefix computed
         outputs = drive(engine, [greedy(n, prompt, NUM_TOKENS) for n, prompt in enumerate(prompts())])
         assert [tokens(outputs[n]) for n in range(8)] == expected
@@ -89,6 +81,25 @@ def test_tokens_are_those_of_generate_as_sequences_come_and_go(name: str, is_ove
     assert engine.stats().graph_batch_sizes == (1, 2, 4)
     assert engine.stats().prefix_cache_hits_total > 0
     assert isinstance(engine.compiled, GraphedSteps) and engine.compiled.graph_sizes == (1, 2, 4)  # none has failed
+
+
+def test_captured_steps_that_overlap_give_the_same_tokens(tmp_path: Path) -> None:
+    expected = [reference("llama", prompt, NUM_TOKENS) for prompt in prompts()]
+    recorder = TwinRecorder()
+    engine = captured(graphed("llama", recorder, tmp_path, is_overlapped=True))
+    num_ahead = 0
+    plan = engine.pipeline.next_batch
+
+    def count(items: tuple[ScheduledSequence, ...]) -> Batch | None:
+        nonlocal num_ahead
+        batch = plan(items)
+        num_ahead += batch is not None
+        return batch
+
+    engine.pipeline.next_batch = count  # type: ignore[method-assign]
+    outputs = drive(engine, [greedy(n, prompt, NUM_TOKENS) for n, prompt in enumerate(prompts())], stagger=5)
+    assert [tokens(outputs[n]) for n in range(8)] == expected
+    assert recorder.replayed and num_ahead > 20
 
 
 def test_every_number_of_rows_runs_in_the_smallest_graph_that_it_fits(tmp_path: Path) -> None:
@@ -272,7 +283,7 @@ def test_graphs_are_captured_again_around_compiled_code(
 
     monkeypatch.setattr(compiled_steps.CompiledSteps, "__init__", with_load)
     recorder = TwinRecorder()
-    engine = captured(graphed(name, recorder, tmp_path, sizes=(1, 4), has_code=True))
+    engine = captured(graphed(name, recorder, tmp_path, sizes=(1, 4)))
     assert recorder.sizes == [4, 1, 1, 4]
     stats = engine.stats()
     assert (stats.compiled_batch_sizes, stats.graph_batch_sizes) == ((1, 4), (1, 4))
