@@ -99,9 +99,7 @@ def main() -> None:
     parser.add_argument("--int4", action="store_true", help="int4 weights, as with --hqq True")
     parser.add_argument("--group-size", type=int, default=64, help="of int4 weights")
     parser.add_argument("--cache", type=Path, default=Path("build/int4"), help="where int4 weights are kept")
-    parser.add_argument(
-        "--in-turn", action="store_true", help="no step is launched before the last one's tokens are read"
-    )
+    parser.add_argument("--in-turn", action="store_true", help="steps that do not overlap; on CUDA they do")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--profile", type=Path, metavar="TRACE", help="profile with torch; a Chrome trace goes here")
     arguments = parser.parse_args()

@@ -21,11 +21,12 @@ def _names(kind: str, round_number: int) -> list[str]:
     return [f"{kind}-{round_number}-{number + 1}.json" for number in range(PROFILED_STEPS)]
 
 
+@pytest.mark.parametrize("is_overlapped", [False, True])
 def test_a_few_steps_of_each_kind_are_profiled_once_and_again_when_asked(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    is_overlapped: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    engine = engine_for("llama", max_batch_tokens=16, profile_directory=tmp_path)
+    engine = engine_for("llama", max_batch_tokens=16, profile_directory=tmp_path, is_overlapped=is_overlapped)
     prompt = zoo.prompt(150)
     outputs = drive(engine, [greedy(0, prompt, 20)])
     assert tokens(outputs[0]) == reference("llama", prompt, 20)
