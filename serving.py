@@ -68,7 +68,7 @@ def describe(info: ModelInfo, url: str) -> str:
     return (
         f"ready: {info.name}, {info.architecture}, {size} parameters, {info.dtype} on {info.device}"
         f"{f' ({places})' if places else ''}, lane {info.lane}, "
-        f"KV up to {gib:.1f} GiB at {info.kv_bytes_per_token} bytes a token, "
+        f"KV in {info.kv_layout}, up to {gib:.1f} GiB at {info.kv_bytes_per_token} bytes a token, "
         f"context {info.max_model_len}, {url}/v1"
     )
 

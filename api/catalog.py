@@ -31,7 +31,7 @@ async def health(parts: UsesParts) -> Response:
     if not is_dead and manager.state != "loading":
         info = manager.info
         body |= {"model": info.name, "family": info.family, "device": info.device}
-        body |= {"lane": info.lane, "lane_reason": info.lane_reason} | _placement(info)
+        body |= {"lane": info.lane, "lane_reason": info.lane_reason, "kv_layout": info.kv_layout} | _placement(info)
         if parts.settings.torch_compile:
             body["compiled_batch_sizes"] = list(manager.stats.compiled_batch_sizes)
             body["graph_batch_sizes"] = list(manager.stats.graph_batch_sizes)
@@ -93,6 +93,7 @@ def _entry(parts: Parts) -> dict[str, Any]:
         "device": info.device,
         "lane": info.lane,
         "lane_reason": info.lane_reason,
+        "kv_layout": info.kv_layout,
         "num_parameters": info.num_parameters,
         "generation_defaults": dict(info.generation_defaults),
     }

@@ -84,7 +84,8 @@ def _build_solo(loaded: LoadedModel, config: EngineConfig, reason: str, sampler:
         budget_bytes=config.kv_budget_bytes,
         max_model_len=config.max_model_len,
     )
-    return Engine(config, Lane("solo", reason, sizes.per_token, sizes.fixed), runner, states, sampler)
+    lane = Lane("solo", reason, sizes.per_token, sizes.fixed, "caches")
+    return Engine(config, lane, runner, states, sampler)
 
 
 def _build_flat(loaded: LoadedModel, config: EngineConfig, choice: LaneChoice, sampler: Sampler) -> Engine:

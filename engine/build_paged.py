@@ -85,7 +85,7 @@ def build_paged(
     runner = PagedRunner(loaded.model, storage, kv.table_of, attention, loaded.device)
     size = f"{storage.num_bytes / 2**20:.0f} MiB, allocated once" if is_fixed else f"at most {num_blocks} of them"
     logger.info("KV in pages of %d tokens, %s", BLOCK_SIZE, size)
-    lane = Lane("flat", choice.reason, storage.bytes_per_token)
+    lane = Lane("flat", choice.reason, storage.bytes_per_token, kv_layout="pages")
     if config.compile is None:
         return Engine(config, lane, runner, kv, sampler)
     eager = runner.program

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -35,12 +36,13 @@ KEPT_TOKENS_WHEN_IDLE = 8_192  # KV of ended sequences that an idle server keeps
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """How the model is driven, and what a token of KV costs."""
+    """How the model is driven, what a token of KV costs, and where KV is: slots, pages, or the model's own caches."""
 
     name: str
     reason: str
     kv_bytes_per_token: int
     kv_bytes_fixed: int = 0
+    kv_layout: Literal["slots", "pages", "caches"] = "slots"
 
 
 class Engine:

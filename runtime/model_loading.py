@@ -73,6 +73,7 @@ class ModelInfo:
         max_source_len: most positions of an encoder's output; None without an encoder.
         decoder_prompt_ids: what an encoder-decoder's decoder begins with, unless the request says otherwise.
         placement: of a model that is spread, bytes of weights by where they are between steps; empty otherwise.
+        kv_layout: what keys and values lie in: slots, pages, or caches of the model's own.
     """
 
     name: str
@@ -93,6 +94,7 @@ class ModelInfo:
     max_source_len: int | None = None
     decoder_prompt_ids: tuple[int, ...] = ()
     placement: Mapping[str, int] = field(default_factory=dict)
+    kv_layout: str = "slots"
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,5 +398,6 @@ def _info(settings: Settings, loaded: LoadedModel, config: EngineConfig, engine:
         family=loaded.family,
         max_source_len=config.max_source_len,
         decoder_prompt_ids=loaded.decoder_prompt_ids,
+        kv_layout=engine.lane.kv_layout,
         placement={} if loaded.placement is None else loaded.placement.bytes_by_place,
     )

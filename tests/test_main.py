@@ -155,7 +155,15 @@ def test_it_answers_while_loading_says_what_it_serves_and_drains(start: StartPro
     process.wait_for_line("ready: ")
     assert status(url, "/ready") == 200
     last = process.lines[-1]
-    for words in ("tiny", "LlamaForCausalLM", "float32 on cpu", "lane flat", "KV up to", "bytes a token", f"{url}/v1"):
+    for words in (
+        "tiny",
+        "LlamaForCausalLM",
+        "float32 on cpu",
+        "lane flat",
+        "KV in slots, up to",
+        "bytes a token",
+        f"{url}/v1",
+    ):
         assert words in last
     # A stream that takes a while, so that the drain has something to wait for.
     stream = Stream(url, max_tokens=3000)

@@ -54,6 +54,6 @@ def test_the_line_before_serving_says_everything() -> None:
     info = stack_of(ScriptedEngine(), Settings(hf_model="a/b")).info
     line = describe(info, "http://127.0.0.1:7088")
     assert line == (
-        "ready: a/b, Scripted, 0.0 M parameters, float32 on cpu, lane flat, KV up to 1.0 GiB at 64 bytes a token, "
-        "context 1000, http://127.0.0.1:7088/v1"
+        "ready: a/b, Scripted, 0.0 M parameters, float32 on cpu, lane flat, KV in slots, up to 1.0 GiB "
+        "at 64 bytes a token, context 1000, http://127.0.0.1:7088/v1"
     )

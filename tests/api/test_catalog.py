@@ -25,6 +25,7 @@ def test_models_are_listed_and_found_by_names_with_slashes(harness: MakeHarness)
             entry = listed["data"][0]
             assert entry["id"] == "org/tiny" and entry["object"] == "model" and isinstance(entry["created"], int)
             assert entry["owned_by"] and entry["max_model_len"] == 512 and entry["lane"] == "solo"
+            assert entry["kv_layout"] == (await h.client.get("/health")).json()["kv_layout"] == "slots"
             assert entry["generation_defaults"] == {"temperature": 0.6}
             assert entry["family"] == "decoder" and not {"languages", "placement"} & set(entry)
             assert (await h.client.get("/health")).json()["family"] == "decoder"

@@ -68,6 +68,7 @@ def _paged(name: str, **limits: Any) -> Engine:
 def test_tokens_are_those_of_generate_and_so_of_slots(name: str, max_batch_tokens: int) -> None:
     expected = [reference(name, prompt, NUM_TOKENS) for prompt in _prompts()]
     engine = _paged(name, max_batch_tokens=max_batch_tokens)
+    assert engine.lane.kv_layout == "pages"
     for _ in range(2):  # the second time with every prefix computed
         outputs = drive(engine, [greedy(n, prompt, NUM_TOKENS) for n, prompt in enumerate(_prompts())])
         assert [tokens(outputs[n]) for n in range(8)] == expected

@@ -198,6 +198,7 @@ def test_layers_on_two_devices_give_generates_tokens(name: str) -> None:
     assert engine.lane.name == _lane(name)
     outputs = drive(engine, _sequences(name))
     assert [tokens(outputs[n]) for n in range(len(LENGTHS))] == expected
+    assert engine.lane.kv_layout == ("caches" if engine.lane.name == "solo" else "slots")
     if engine.lane.name != "solo":
         storage: SlotStorage = engine.runner.storage  # type: ignore[attr-defined]
         keys = next(iter(storage.arenas.values())).keys

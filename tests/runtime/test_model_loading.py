@@ -49,7 +49,7 @@ def test_a_checkpoint_becomes_an_engine_that_generates_what_the_model_does(check
     info = stack.info
     assert info.name == str(checkpoint)
     assert (info.architecture, info.dtype, info.device, info.lane) == ("LlamaForCausalLM", "float32", "cpu", "flat")
-    assert info.max_model_len == 512
+    assert (info.max_model_len, info.kv_layout) == (512, "slots")
     assert info.eos_token_ids == {stack.tokenizer.eos_token_id}
     assert info.num_parameters == sum(p.numel() for p in model.parameters())
     # Keys and values of two layers with two heads of 16 numbers, four bytes each.
