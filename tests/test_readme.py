@@ -236,7 +236,8 @@ def test_the_table_of_options_is_that_of_the_settings() -> None:
 
 
 def test_every_option_that_the_text_names_exists() -> None:
-    known = {_describe(name).flag for name in Settings.model_fields} | {"--help", "--base-url"}
+    others = {"--help", "--base-url", "--rm", "--quick"}  # of the example client, docker and the GPU benchmark
+    known = {_describe(name).flag for name in Settings.model_fields} | others
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README.read_text(encoding="utf-8")))
     assert named - known == set()
 
