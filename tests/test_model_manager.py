@@ -271,7 +271,7 @@ def test_an_idle_engine_sleeps_and_is_told_once() -> None:
             before, switches = process.cpu_times(), process.num_ctx_switches().voluntary
             await asyncio.sleep(0.5)
             after = process.cpu_times()
-            assert after.user + after.system - before.user - before.system <= 0.02
+            assert after.user + after.system - before.user - before.system < 0.025  # two ticks of the clock
             if psutil.LINUX:
                 assert process.num_ctx_switches().voluntary - switches < 20  # nobody polls
             assert engine.num_idle == 1
