@@ -22,6 +22,7 @@ from engine.compile.steps import CompiledSteps
 from engine.config import CompileConfig, EngineConfig
 from engine.engine import Engine
 from engine.model.loader import LoadRequest, load_model
+from engine.model.quantize import QuantiseRequest
 from engine.model.runner import FlatRunner
 
 
@@ -44,13 +45,19 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--int4", action="store_true", help="int4 weights, as with --hqq True")
+    parser.add_argument("--int4-cache", type=Path, default=Path("build/int4"), help="where int4 weights are kept")
+    parser.add_argument("--kernels", type=Path, default=Path("build/kernels"), help="where our own kernels are kept")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)8d ms  %(message)s", stream=sys.stdout)
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     directory = arguments.models / arguments.shape
     if not (directory / "config.json").exists():
         write_checkpoint(SHAPES[arguments.shape], directory)
-    loaded = load_model(LoadRequest(str(directory), dtype=arguments.dtype), lambda _what, _share: None)
+    quantise = QuantiseRequest(64, arguments.int4_cache) if arguments.int4 else None
+    request = LoadRequest(str(directory), dtype=arguments.dtype, quantise=quantise, kernel_directory=arguments.kernels)
+    loaded = load_model(request, lambda _what, _share: None)
     sizes = tuple(sorted(arguments.clients))
     config = EngineConfig(
         max_num_seqs=sizes[-1],

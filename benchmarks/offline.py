@@ -102,12 +102,19 @@ def main() -> None:
     parser.add_argument("--in-turn", action="store_true", help="steps that do not overlap; on CUDA they do")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--profile", type=Path, metavar="TRACE", help="profile with torch; a Chrome trace goes here")
+    parser.add_argument("--kernels", type=Path, default=Path("build/kernels"), help="where our own kernels are kept")
     arguments = parser.parse_args()
     directory = arguments.models / arguments.shape
     if not (directory / "config.json").exists():
         write_checkpoint(SHAPES[arguments.shape], directory)
     quantise = QuantiseRequest(arguments.group_size, arguments.cache) if arguments.int4 else None
-    request = LoadRequest(str(directory), dtype=arguments.dtype, device=arguments.device, quantise=quantise)
+    request = LoadRequest(
+        str(directory),
+        dtype=arguments.dtype,
+        device=arguments.device,
+        quantise=quantise,
+        kernel_directory=arguments.kernels,
+    )
     loaded = load_model(request, lambda _what, _share: None)
     config = EngineConfig(
         max_num_seqs=arguments.clients,

@@ -229,6 +229,7 @@ def _load_model(
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
         quantise=quantise,
+        kernel_directory=Path(settings.cache_dir) / "kernels" if settings.cache_dir else None,
     )
     if folder is not None:
         request = replace(request, placement=place_for_loading(settings, request, device, folder))

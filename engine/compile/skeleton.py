@@ -25,10 +25,14 @@ from typing import Any
 
 import torch
 
-from engine.model.linear import PackedWeight
+from engine.model.native_kernels import NativeKernels
+from engine.model.packed_linear import PackedWeight
 
 # What a checkpoint's config says of itself and no computation depends on.
 _NAMES_IN_CONFIG = ("_name_or_path", "name_or_path", "transformers_version", "architectures")
+
+
+_ENGINE = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +53,13 @@ class Skeleton:
         data: of the object.
         specs: of its tensors, in the order of their numbers.
         fingerprint: the same for all that compile to the same code.
+        is_native: whether the process that runs the code has our own kernels.
     """
 
     data: bytes
     specs: tuple[TensorSpec, ...]
     fingerprint: str
+    is_native: bool = False
 
 
 class _Writer(pickle.Pickler):
@@ -65,6 +71,8 @@ class _Writer(pickle.Pickler):
     def persistent_id(self, value: Any) -> tuple[Any, ...] | None:
         if isinstance(value, PackedWeight):
             return ("stand-in", tuple(value.shape), value.dtype)
+        if isinstance(value, NativeKernels):
+            return ("kernels",)
         if not isinstance(value, torch.Tensor):
             return None
         number = self._numbers.get(id(value))
@@ -82,11 +90,15 @@ class _Reader(pickle.Unpickler):
     def persistent_load(self, pid: tuple[Any, ...]) -> Any:
         if pid[0] == "tensor":
             return self._tensors[int(pid[1])]
+        if pid[0] == "kernels":
+            return None  # a graph calls operators in their place
         # Its dtype and shape are all that is ever asked for; a graph that took its values would hold a meta tensor.
         return torch.empty(pid[1], dtype=pid[2], device="meta")
 
 
-def take_skeleton(program: Any, model: torch.nn.Module) -> tuple[Skeleton, list[torch.Tensor]]:
+def take_skeleton(
+    program: Any, model: torch.nn.Module, *, is_native: bool = False
+) -> tuple[Skeleton, list[torch.Tensor]]:
     """What `program`, which runs `model`, is without its tensors, and the tensors.
 
     Raises:
@@ -97,7 +109,7 @@ def take_skeleton(program: Any, model: torch.nn.Module) -> tuple[Skeleton, list[
     writer.dump(program)
     specs = tuple(_spec(tensor) for tensor in writer.tensors)
     data = file.getvalue()
-    return Skeleton(data, specs, _fingerprint(model, specs)), writer.tensors
+    return Skeleton(data, specs, _fingerprint(model, specs, is_native), is_native), writer.tensors
 
 
 def put_on(skeleton: bytes, tensors: Series[torch.Tensor]) -> Any:
@@ -112,7 +124,7 @@ def _spec(tensor: torch.Tensor) -> TensorSpec:
     return TensorSpec(shape, tuple(stride), tensor.dtype, str(tensor.device))
 
 
-def _fingerprint(model: torch.nn.Module, specs: Series[TensorSpec]) -> str:
+def _fingerprint(model: torch.nn.Module, specs: Series[TensorSpec], is_native: bool) -> str:
     """Not of the bytes: the order of a set differs from process to process."""
     config = getattr(model, "config", None)
     values = {} if config is None else {k: v for k, v in config.to_dict().items() if k not in _NAMES_IN_CONFIG}
@@ -120,8 +132,10 @@ def _fingerprint(model: torch.nn.Module, specs: Series[TensorSpec]) -> str:
         repr(model),
         json.dumps(values, sort_keys=True, default=str),
         repr(specs),
+        repr(is_native),
         _source(type(model)),
-        *(_hash_of_file(path) for path in sorted(Path(__file__).parent.parent.rglob("*.py"))),
+        *(_hash_of_file(path) for path in sorted(_ENGINE.rglob("*.py"))),
+        *(_hash_of_file(path) for path in sorted(_ENGINE.rglob("*.cpp"))),
         *(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers")),
         f"{sys.version} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
     ]

@@ -16,6 +16,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Series
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,8 @@ from engine.compile.skeleton import take_skeleton
 from engine.compile.trial import Trials, compare_logits
 from engine.config import CompileConfig
 from engine.model import operators  # registers what compiled code calls
+from engine.model.native_kernels import NativeKernels
+from engine.model.native_step import kernels_of, native_step
 from engine.model.paged_step import PagedStep
 from engine.model.runner import StepProgram
 from engine.model.step import Step, flat_step
@@ -59,12 +62,16 @@ class CompiledCode:
         size: rows of its steps.
         call: the code.
         tensors: the model's, in the order of the skeleton.
+        kernels: our own, where the code was made for them.
     """
 
-    def __init__(self, size: int, call: Call, tensors: list[torch.Tensor]) -> None:
+    def __init__(
+        self, size: int, call: Call, tensors: list[torch.Tensor], kernels: NativeKernels | None = None
+    ) -> None:
         self.size = size
         self._call = call
         self._tensors = tensors
+        self._kernels = kernels
 
     def run(self, step: Step) -> torch.Tensor:
         """As StepProgram.run, for a step of at most `size` single tokens."""
@@ -74,9 +81,14 @@ class CompiledCode:
         # Generated kernels take aligned addresses for granted; to pad by nothing is to copy.
         if num_rows < self.size or any(tensor.data_ptr() % 16 for tensor in (ids, positions)):
             ids, positions = (F.pad(tensor, (0, self.size - num_rows)) for tensor in (ids, positions))
-        with flat_step(step):
+        with flat_step(step), self._native(step):
             logits: torch.Tensor = self._call([*self._tensors, ids, positions])[0]
         return logits[:num_rows] if inputs.logit_rows.shape[0] == num_rows else logits[inputs.logit_rows]
+
+    def _native(self, step: Step) -> AbstractContextManager[None]:
+        if self._kernels is None or isinstance(step, PagedStep):
+            return nullcontext()
+        return native_step(self._kernels, step.inputs)
 
 
 class CompiledSteps:
@@ -88,6 +100,7 @@ class CompiledSteps:
         compiler: of the program's skeleton.
         setting: what trials are made of.
         sizes: the buckets, ascending.
+        kernels: our own, where the model has them.
         load, measure: of a package and of a step's seconds; for tests.
     """
 
@@ -99,6 +112,7 @@ class CompiledSteps:
         setting: Trials,
         sizes: Series[int],
         *,
+        kernels: NativeKernels | None = None,
         load: Callable[[Package], Call] = load_package,
         measure: Callable[[StepProgram | CompiledCode, Step], float] | None = None,
     ) -> None:
@@ -107,6 +121,7 @@ class CompiledSteps:
         self._tensors = tensors
         self._compiler = compiler
         self._setting = setting
+        self._kernels = kernels
         self._load = load
         self._measure = measure or _time
         self._live: dict[int, CompiledCode] = {}
@@ -186,7 +201,7 @@ class CompiledSteps:
         """Load, compare, measure; one step between two yields."""
         size = package.size
         try:
-            code = CompiledCode(size, self._load(package), self._tensors)
+            code = CompiledCode(size, self._load(package), self._tensors, self._kernels)
             yield
             error = 0.0
             for num_rows in sorted({size, size // 2 + 1}):
@@ -236,12 +251,13 @@ def compile_steps(program: StepProgram, setting: Trials, config: CompileConfig, 
     Raises:
         ValueError: the model cannot be handed to another process.
     """
+    kernels = kernels_of(program.model)
     try:
-        skeleton, tensors = take_skeleton(program, program.model)
+        skeleton, tensors = take_skeleton(program, program.model, is_native=kernels is not None)
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise ValueError(f"--torch-compile True: this model cannot be taken apart: {error}") from error
     compiler = Compiler(skeleton, config.directory, is_autotuned=config.is_autotuned)
-    return CompiledSteps(program, tensors, compiler, setting, config.sizes or bucket_sizes(max_rows))
+    return CompiledSteps(program, tensors, compiler, setting, config.sizes or bucket_sizes(max_rows), kernels=kernels)
 
 
 def _is_decode(step: Step) -> bool:

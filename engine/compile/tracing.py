@@ -19,7 +19,8 @@ from engine.model import operators
 from engine.model.attention import NAME, NotFlat, flat_attention
 from engine.model.cross_attention import CrossStep
 from engine.model.inputs import FlatInputs
-from engine.model.linear import PackedLinear
+from engine.model.native_step import can_attend
+from engine.model.packed_linear import PackedLinear
 from engine.model.relative_bias import is_relative
 from engine.model.step import FlatStep
 
@@ -37,7 +38,7 @@ def trace_step(skeleton: Skeleton, num_rows: int) -> torch.export.ExportedProgra
         tensors = [_fake(spec) for spec in skeleton.specs]
         ids, positions = (torch.zeros((1, num_rows), dtype=torch.int64, device=device) for _ in range(2))
     with torch.no_grad():
-        program = torch.export.export(_Step(skeleton.data, device), (tensors, ids, positions), strict=False)
+        program = torch.export.export(_Step(skeleton, device), (tensors, ids, positions), strict=False)
     if program.constants or program.state_dict:
         raise RuntimeError(f"{len(program.constants) + len(program.state_dict)} tensors of the model were not found")
     return program
@@ -50,18 +51,18 @@ def _fake(spec: TensorSpec) -> Tensor:
 class _Step(nn.Module):
     """One step of the program whose skeleton this is."""
 
-    def __init__(self, skeleton: bytes, device: str) -> None:
+    def __init__(self, skeleton: Skeleton, device: str) -> None:
         super().__init__()
         self._skeleton = skeleton
         self._device = torch.device(device)
 
     def forward(self, tensors: list[Tensor], input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor]:
-        program = put_on(self._skeleton, tensors)
+        program = put_on(self._skeleton.data, tensors)
         for module in program.model.modules():
             if isinstance(module, PackedLinear) and module._packed is not None:
                 module.forward = _PackedForward(module)  # type: ignore[method-assign]
         marker = getattr(program, "marker", None)
-        AttentionInterface.register(NAME, _Attention(marker))
+        AttentionInterface.register(NAME, _Attention(marker, is_native=self._skeleton.is_native))
         rows = torch.arange(input_ids.shape[1], device=self._device)
         inputs = FlatInputs((), input_ids, position_ids, rows, (), ())
         cross = None if marker is None else CrossStep(marker, (), (), {})
@@ -76,10 +77,15 @@ class _PackedForward:
     """In the place of a PackedLinear's forward: inductor wants to know the values of weights packed by oneDNN."""
 
     def __init__(self, module: PackedLinear) -> None:
-        self._packed, self._bias = module._packed, module._bias
+        self._packed, self._bias, self._words = module._packed, module._bias, module._words
+        self._size, self._max_native_numel = module.out_features, module._max_native_numel
 
     def __call__(self, x: Tensor) -> Tensor:
-        result: Tensor = _ops.packed_linear(x, self._packed, self._bias)
+        result: Tensor
+        if x.numel() <= self._max_native_numel:
+            result = _ops.packed_rows(x.contiguous(), self._words, self._bias, self._size)
+        else:
+            result = _ops.packed_linear(x, self._packed, self._bias)
         return result
 
 
@@ -88,10 +94,12 @@ class _Attention:
 
     Args:
         marker: what a decoder hands over in the place of its encoder's K and V; None where there is no encoder.
+        is_native: whether our own kernel serves where it can.
     """
 
-    def __init__(self, marker: Tensor | None) -> None:
+    def __init__(self, marker: Tensor | None, *, is_native: bool) -> None:
         self._marker = marker
+        self._is_native = is_native
         self._num_calls = 0
         self._num_cross_calls = 0
         self._biases: list[int] = []  # ids of the modules with a relative bias, as they came
@@ -121,6 +129,11 @@ class _Attention:
             raise NotFlat("the model makes an attention mask of its own")
         layer, self._num_calls = self._num_calls, self._num_calls + 1
         bias = None if position_bias is None else self._bias_of(module)
+        if self._is_native and bias is None and can_attend(query, key, value):
+            sinks = None if s_aux is None else s_aux.float()
+            return _ops.attend_slots(
+                query, key, value, sinks, layer, scaling, sliding_window or 0, softcap or 0.0
+            ), None
         return _ops.attend(query, key, value, layer, scaling, sliding_window, softcap, s_aux, bias), None
 
     def _bias_of(self, module: nn.Module) -> int | None:

@@ -96,6 +96,17 @@ def _call_packed_linears_directly() -> None:
     register_lowering(operator, type_promotion_kind=None)(lower)
 
 
+def _shims() -> dict[Any, list[str]]:
+    """The operators that generated code calls as functions: the serving process has the library that holds them."""
+    import torch
+
+    from engine.model import operators
+    from engine.model.native_kernels import declaration
+
+    namespace = getattr(torch.ops, operators.NAMESPACE)
+    return {getattr(namespace, name).default: [declaration(name)] for name in operators.NATIVE}
+
+
 def _compile(job: Job, size: int) -> Path:
     """The package of one graph, complete or not there."""
     import torch
@@ -113,6 +124,8 @@ def _compile(job: Job, size: int) -> Path:
         # Worth its time only if many files include them.
         "aot_inductor.precompile_headers": len(job.sizes) > 2,
     }
+    if job.skeleton.is_native and hasattr(torch._inductor.config.aot_inductor, "custom_ops_to_c_shims"):
+        options["aot_inductor.custom_ops_to_c_shims"] = _shims()
     made = Path(job.scratch) / f"{size}.pt2"
     torch._inductor.aoti_compile_and_package(program, package_path=str(made), inductor_configs=options)
     content = made.read_bytes()

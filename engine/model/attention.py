@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from engine.kv.slots import Arena, LayerShape
 from engine.model.cross_attention import attend_cross
 from engine.model.inputs import Chunk, DecodeGroup, FlatInputs
+from engine.model.native_step import can_attend
 from engine.model.paged_step import PagedStep
 from engine.model.relative_bias import bias_table, is_relative
 from engine.model.step import FlatStep, Recording, current_step
@@ -106,6 +107,8 @@ def flat_attention(
         step.windows.append(sliding_window)
     layer = step.num_calls
     step.num_calls += 1
+    if step.kernels is not None and call.bias is None and can_attend(query, key, value):
+        return step.kernels.attend_slots(query, key, value, s_aux, layer, call.scaling, call.window, call.softcap), None
     return attend_flat(step.inputs.on(query.device), layer, query, key, value, call), None
 
 

@@ -8,22 +8,26 @@ reads 40 GB/s of weights against 27, and 16 rows run at 500 GFLOP/s against 380 
 896x4864); bits are the same. The layout does not depend on the number of rows it is packed for, so one serves decode
 and prefill. float32 is left alone: packed it is 2.5 times faster at 16 rows but rounds otherwise, and float32 promises
 the tokens of `generate`.
+
+A weight of one row is read at 10 GB/s by oneDNN on one core of a virtual machine, at 24 by our own kernel from the very
+same memory (model/native_kernels.cpp); up to 64 rows it was the faster too, and takes them where it measures so.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
+from engine.model import packed_linear
+from engine.model.native_kernels import NativeKernels
+from engine.model.packed_linear import PackedLinear
 from engine.model.timing import time_in_turn
 
 logger = logging.getLogger(__name__)
@@ -31,22 +35,14 @@ logger = logging.getLogger(__name__)
 MEASURED_ROWS = (1, 16)
 """Packed and plain are compared at these numbers of rows: one stream, and a busy decode step."""
 
+NATIVE_ROWS = (1, 4, 16, 64)
+"""Our kernel and oneDNN's are compared at these numbers of rows."""
+
 _MAX_SLOWDOWN = 1.1
 """Packed wins unless it is clearly slower, as it is for small weights, whose call costs 8 microseconds more."""
 
 _MAX_RELATIVE_ERROR = 2.0**-6
 """Two units in the last place of bfloat16, against the largest output; where both run one kernel they are equal."""
-
-
-def _find_op(name: str) -> Callable[..., Tensor] | None:
-    """Return one of oneDNN's private operators, None where this build of torch has none."""
-    packet = getattr(torch.ops.mkldnn, name, None)
-    op: Callable[..., Tensor] | None = getattr(packet, "default", None)
-    return op
-
-
-_REORDER = _find_op("_reorder_linear_weight")
-_LINEAR = _find_op("_linear_pointwise")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,131 +54,25 @@ class PrepackReport:
         packed_bytes: bytes of their packed weights.
         extra_bytes: those of them whose plain copy is still needed by another module (a tied embedding).
         left_plain: how many modules were left, by reason.
+        num_native: those packed of which our own kernel computes few rows.
     """
 
     num_packed: int
     packed_bytes: int
     extra_bytes: int
     left_plain: Mapping[str, int]
+    num_native: int = 0
 
     def __str__(self) -> str:
         plain = ", ".join(f"{count} {reason}" for reason, count in self.left_plain.items()) or "none"
         megabytes, extra = self.packed_bytes / 2**20, self.extra_bytes / 2**20
         return (
-            f"{self.num_packed} linear layers packed ({megabytes:.0f} MiB, {extra:.0f} MiB extra); left plain: {plain}"
+            f"{self.num_packed} linear layers packed ({megabytes:.0f} MiB, {extra:.0f} MiB extra), "
+            f"{self.num_native} of them for our own kernel too; left plain: {plain}"
         )
 
 
-_METADATA = frozenset(
-    [
-        getattr(Tensor, name).__get__
-        for name in ("dtype", "shape", "device", "ndim", "layout", "is_cuda", "requires_grad")
-    ]
-    + [Tensor.size, Tensor.dim, Tensor.numel, Tensor.element_size, Tensor.is_floating_point]
-)
-"""What PackedWeight answers itself."""
-
-
-class Unpackable(Protocol):
-    """A module that keeps its weight in a form of its own."""
-
-    def unpack(self) -> Tensor:
-        """Go back to the plain weight for good, and return it."""
-
-
-class PackedWeight(Tensor):
-    """Stands for a packed weight where a model reads `module.weight` itself.
-
-    Its dtype, shape and device are there at no cost (T5 and Falcon look at the dtype before each call). The first
-    function that needs more (Mamba multiplies by dt_proj's) gets the plain weight, and the module goes back to plain
-    for good.
-    """
-
-    _owner: Unpackable
-
-    @staticmethod
-    def of(
-        owner: Unpackable, shape: torch.Size, dtype: torch.dtype, device: torch.device | None = None
-    ) -> PackedWeight:
-        """Make the stand-in for the weight of `owner`."""
-        weight = Tensor._make_wrapper_subclass(PackedWeight, shape, dtype=dtype, device=device or torch.device("cpu"))
-        weight._owner = owner
-        return weight
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        return f"PackedWeight(shape={tuple(self.shape)}, dtype={self.dtype})"
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer questions about metadata; do everything else with the plain weight."""
-
-        def plain(value: Any) -> Any:
-            return value._owner.unpack() if isinstance(value, PackedWeight) else value
-
-        with torch._C.DisableTorchFunctionSubclass():
-            if func not in _METADATA:
-                args, kwargs = tree_map(plain, (args, kwargs))
-            return func(*args, **(kwargs or {}))
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Refuse what came around __torch_function__: there are no values here."""
-        raise NotImplementedError(f"{func} on a packed weight")
-
-
-class PackedLinear(nn.Module):
-    """y = x W^T + b with W packed; stands where an nn.Linear or a Conv1D stood.
-
-    Args:
-        packed: the packed weight of [out_features, in_features].
-        bias: [out_features] or None; copied.
-        is_transposed: whether the replaced module's own `weight` was [in_features, out_features] (Conv1D).
-    """
-
-    def __init__(self, packed: Tensor, bias: nn.Parameter | None, *, is_transposed: bool = False) -> None:
-        super().__init__()
-        self.out_features, self.in_features = packed.shape
-        # Parameters are found by nn.Module.__getattr__, which costs more than the call; plain attributes are not.
-        self._bias = None if bias is None else bias.detach().clone()
-        self.bias = None if self._bias is None else nn.Parameter(self._bias, requires_grad=False)
-        self._packed: Tensor | None = packed
-        self._plain: Tensor | None = None
-        self._is_transposed = is_transposed
-        shape = packed.shape[::-1] if is_transposed else packed.shape
-        self._stand_in = PackedWeight.of(self, torch.Size(shape), packed.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to [..., in_features] of the weight's dtype: [..., out_features]."""
-        packed = self._packed
-        if packed is None:
-            weight = self.unpack()
-            return F.linear(x, weight.t() if self._is_transposed else weight, self._bias)
-        return _LINEAR(x, packed, self._bias, "none", [], "")  # type: ignore[misc]
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight as the replaced module had it; a stand-in until somebody uses its values."""
-        return self.unpack() if self._packed is None else self._stand_in
-
-    def unpack(self) -> Tensor:
-        """Go back to the plain weight for good, and return it."""
-        if self._packed is not None:
-            logger.warning(
-                "a packed linear %dx%d is used by its weight: plain again", self.in_features, self.out_features
-            )
-            dense = self._packed.to_dense()
-            self._plain = dense.t() if self._is_transposed else dense
-            self._packed = None
-        assert self._plain is not None  # one of the two is always there
-        return self._plain
-
-    def extra_repr(self) -> str:
-        """Return what nn.Linear shows, and whether it is packed."""
-        is_packed = self._packed is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, {is_packed=}"
-
-
-def prepack_linears(model: nn.Module, *, max_extra_bytes: int) -> PrepackReport:
+def prepack_linears(model: nn.Module, *, max_extra_bytes: int, kernels: NativeKernels | None = None) -> PrepackReport:
     """Replace the bf16 linears of a model on CPU by packed ones, where that is measured to be right and faster.
 
     Args:
@@ -190,12 +80,13 @@ def prepack_linears(model: nn.Module, *, max_extra_bytes: int) -> PrepackReport:
             layer.
         max_extra_bytes: how much memory packing may add for weights whose plain form stays in use (a head tied to the
             embedding: 56 MB for 49,152 x 576, and its multiplication takes two thirds of the time).
+        kernels: our own, for few rows of packed weights; None for oneDNN's alone.
 
     Returns:
         What was done and what was not.
     """
     holders = _count_holders(model)
-    verdicts: dict[tuple[torch.Size, bool, bool], str | None] = {}
+    verdicts: dict[tuple[torch.Size, bool, bool], str | int] = {}  # why not, or the most rows for our own kernel
     packed_of: dict[nn.Module, PackedLinear] = {}
     left_plain: Counter[str] = Counter()
     packed_bytes = extra_bytes = 0
@@ -207,24 +98,29 @@ def prepack_linears(model: nn.Module, *, max_extra_bytes: int) -> PrepackReport:
         size = weight.numel() * weight.element_size()
         is_shared = holders[_storage(weight)] > 1 or weight.untyped_storage().nbytes() > size
         reason = _refusal(child)
+        native_rows = 0
         if reason is None and is_shared and extra_bytes + size > max_extra_bytes:
             reason = "shared with another module"
         if reason is None:
             kind = (weight.shape, child.bias is not None, type(child) is Conv1D)
             if kind not in verdicts:
-                verdicts[kind] = _measure(child)
-            reason = verdicts[kind]
+                verdicts[kind] = _measure(child, kernels)
+            verdict = verdicts[kind]
+            reason, native_rows = (verdict, 0) if isinstance(verdict, str) else (None, verdict)
         if reason is not None:
             left_plain[reason] += 1
             continue
-        packed_of[child] = _packed_form(child)
+        packed_of[child] = packed_form(child)
+        if kernels is not None:
+            packed_of[child].use_native(kernels, native_rows)
         setattr(parent, name, packed_of[child])
         del child.weight  # now, not when the list of linears goes
         packed_bytes += size
         extra_bytes += size if is_shared else 0
     if packed_bytes > extra_bytes:
         _own_parameters(model, max_bytes=packed_bytes)
-    report = PrepackReport(len(packed_of), packed_bytes, extra_bytes, dict(left_plain))
+    num_native = sum(packed.max_native_rows > 0 for packed in packed_of.values())
+    report = PrepackReport(len(packed_of), packed_bytes, extra_bytes, dict(left_plain), num_native)
     logger.info("%s", report)
     return report
 
@@ -267,7 +163,8 @@ def _count_holders(model: nn.Module) -> Counter[int]:
 
 def _refusal(module: nn.Linear) -> str | None:
     """Return why a linear cannot be packed, None if it can."""
-    if _REORDER is None or _LINEAR is None or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    has_operators = packed_linear.REORDER is not None and packed_linear.LINEAR is not None
+    if not has_operators or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return "without oneDNN"
     if module.weight.device.type != "cpu":
         return "not on CPU"
@@ -279,24 +176,31 @@ def _refusal(module: nn.Linear) -> str | None:
 
 
 @torch.no_grad()
-def _packed_form(module: nn.Linear) -> PackedLinear:
+def packed_form(module: nn.Linear) -> PackedLinear:
+    """The packed form of an nn.Linear or a Conv1D, beside it."""
     is_transposed = type(module) is Conv1D
     weight = module.weight.t().contiguous() if is_transposed else module.weight.detach()
-    assert _REORDER is not None  # _refusal has looked
-    packed = PackedLinear(_REORDER(weight, None), module.bias, is_transposed=is_transposed)
+    assert packed_linear.REORDER is not None  # _refusal has looked
+    packed = PackedLinear(packed_linear.REORDER(weight, None), module.bias, is_transposed=is_transposed)
     return packed.train(module.training)
 
 
 @torch.no_grad()
-def _measure(module: nn.Linear) -> str | None:
-    """Compare one linear with its packed form at MEASURED_ROWS: None if that is right and faster, else why not."""
+def _measure(module: nn.Linear, kernels: NativeKernels | None) -> str | int:
+    """Compare one linear with its packed form at MEASURED_ROWS, and that with our own kernel.
+
+    Returns:
+        Why the packed form is not for it; else up to how many rows our own kernel is.
+    """
     try:
-        packed = _packed_form(module)
+        packed = packed_form(module)
+        native_rows = 0 if kernels is None else _native_rows(module, packed, kernels)
+        if kernels is not None:
+            packed.use_native(kernels, native_rows)
         plain_s = packed_s = 0.0
         for num_rows in MEASURED_ROWS:
             x = torch.randn(num_rows, packed.in_features, dtype=module.weight.dtype)
-            expected, got = module(x).float(), packed(x).float()
-            if not bool((got - expected).abs().max() <= expected.abs().max() * _MAX_RELATIVE_ERROR):
+            if not _is_equal(packed(x), module(x)):
                 return "not equal when packed"
             taken = time_in_turn(lambda x=x: module(x), lambda x=x: packed(x))  # type: ignore[misc]
             plain_s += taken[0]
@@ -304,4 +208,28 @@ def _measure(module: nn.Linear) -> str | None:
     except RuntimeError as error:
         logger.debug("packing a linear failed", exc_info=error)
         return "that oneDNN cannot pack"
-    return None if packed_s < plain_s * _MAX_SLOWDOWN else "faster plain"
+    return native_rows if packed_s < plain_s * _MAX_SLOWDOWN else "faster plain"
+
+
+def _native_rows(module: nn.Linear, packed: PackedLinear, kernels: NativeKernels) -> int:
+    """Up to how many of NATIVE_ROWS our kernel is right and faster; 0 for none."""
+    native = packed_form(module)
+    native.use_native(kernels, NATIVE_ROWS[-1])
+    if native.max_native_rows == 0:
+        return 0
+    most = 0
+    for num_rows in NATIVE_ROWS:
+        x = torch.randn(num_rows, packed.in_features, dtype=module.weight.dtype)
+        if not _is_equal(native(x), module(x)):
+            logger.warning("our kernel for packed linears gives something else than torch's, and is not used")
+            return 0
+        native_s, packed_s = time_in_turn(lambda x=x: native(x), lambda x=x: packed(x))  # type: ignore[misc]
+        if native_s > packed_s:
+            break
+        most = num_rows
+    return most
+
+
+def _is_equal(got: Tensor, expected: Tensor) -> bool:
+    largest = expected.float().abs().max()
+    return bool((got.float() - expected.float()).abs().max() <= largest * _MAX_RELATIVE_ERROR)

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MA
 from engine.model.drift import measure_drift, trial_logits
 from engine.model.int4.linear import Int4Linear
 from engine.model.linear import prepack_linears
+from engine.model.native_kernels import load_native
 from engine.model.native_linear import use_native_head
 from engine.model.placement import Placement, PlacementRequest, drop_idle_hooks, placement_of
 from engine.model.quantize import Quantisation, QuantiseRequest
@@ -50,6 +52,7 @@ class LoadRequest:
         trust_remote_code: whether code that comes with the checkpoint may run.
         quantise: how to quantise the linear layers to int4; None for not at all.
         placement: how to spread the model over several devices, main memory and the disk; None for one device.
+        kernel_directory: where our own kernels for this CPU are kept; None to do without them.
     """
 
     name: str
@@ -60,6 +63,7 @@ class LoadRequest:
     trust_remote_code: bool = False
     quantise: QuantiseRequest | None = None
     placement: PlacementRequest | None = None
+    kernel_directory: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +141,9 @@ def _settle(model: Any, request: LoadRequest, progress: Progress) -> LoadedModel
             drop_idle_hooks(model)
     if loaded.device.type == "cpu":
         progress("packing the weights for this CPU", None)
-        prepack_linears(model, max_extra_bytes=loaded.num_bytes // MAX_EXTRA_SHARE)
+        directory = request.kernel_directory
+        kernels = load_native(directory) if directory is not None and loaded.dtype is torch.bfloat16 else None
+        prepack_linears(model, max_extra_bytes=loaded.num_bytes // MAX_EXTRA_SHARE, kernels=kernels)
     return loaded
 
 

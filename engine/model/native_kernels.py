@@ -1,7 +1,7 @@
 """Kernels of our own for CPUs with AVX512-BF16, compiled once by the machine's own compiler and kept on disk.
 
 Knows nothing of modules or models; where there is no compiler or the instructions are missing, there are no kernels.
-Called by model/int4_kernels.py, which has torch's kernels for every other machine.
+Called by the loader and by int4/kernels.py, which have torch's kernels for every other machine.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,13 +24,51 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+_HERE = Path(__file__).parent
+SOURCES = tuple(_HERE / f"native_{name}.cpp" for name in ("kernels", "attention", "shims"))
+HEADERS = tuple(_HERE / f"native_{name}.h" for name in ("vectors", "attention"))
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
+_TORCH = Path(torch.__file__).parent
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", f"-I{_HERE}", f"-I{_TORCH / 'include'}")
+LINKED = (f"-L{_TORCH / 'lib'}", "-ltorch_cpu")  # this process has it already
 COMPILE_TIMEOUT_S = 120
 
 BF16_ROW_MULTIPLE, BF16_COLUMN_MULTIPLE = 4, 32
 """Of bf16_multiply's weights: rows that are computed together, and columns in one register."""
+
+PACKED_UNIT = 64
+"""Rows of a weight that oneDNN packs side by side."""
+
+_PREFIX = "AOTITorchError aoti_torch_cpu_"
+SHIMS = {
+    "packed_rows": "(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, int64_t, AtenTensorHandle*)",
+    "plain_rows": "(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*)",
+    "int4_multiply": (
+        "(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, int64_t, AtenTensorHandle*)"
+    ),
+    "attend_slots": (
+        "(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, int64_t, double, int64_t, double, "
+        "AtenTensorHandle*)"
+    ),
+}
+"""Operators (model/operators.py) that code made by AOTInductor may call as functions of the library: C parameters."""
+
+
+def declaration(name: str) -> str:
+    """The C declaration of one of SHIMS."""
+    return f"{_PREFIX}{name}{SHIMS[name]}"
+
+
+class _AttentionCall(ctypes.Structure):
+    """AttentionCall of native_attention.h."""
+
+    _fields_ = [
+        *((f"{tensor}_{part}", ctypes.c_int64) for tensor in "qkv" for part in ("data", "head_stride", "row_stride")),
+        *((name, ctypes.c_int64) for name in ("sinks", "out", "is_bf16", "num_rows", "num_heads", "num_kv_heads")),
+        *((name, ctypes.c_int64) for name in ("key_dim", "value_dim", "layer", "window")),
+        ("scaling", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    ]
 
 
 class NativeKernels:
@@ -42,7 +82,8 @@ class NativeKernels:
     """
 
     def __init__(self, path: Path) -> None:
-        library = ctypes.CDLL(str(path))  # its calls release the interpreter's lock
+        # Its calls release the interpreter's lock. Global, for compiled code finds the functions that it calls here.
+        library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         if not library.has_instructions():
             raise OSError("this CPU has no AVX512-BF16")
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
@@ -52,6 +93,17 @@ class NativeKernels:
         self._bf16_multiply = library.bf16_multiply
         self._bf16_multiply.argtypes = [pointer] * 3 + [integer] * 4
         self._bf16_multiply.restype = None
+        self._packed_multiply = library.packed_multiply
+        self._packed_multiply.argtypes = [pointer] * 4 + [integer] * 5
+        self._packed_multiply.restype = None
+        self._attend_call = library.attend_call
+        self._attend_call.argtypes = [pointer]
+        self._set_step = library.set_step
+        self._set_step.argtypes = [pointer]
+        self._set_step.restype = None
+        self._set_num_threads = library.set_num_threads
+        self._set_num_threads.argtypes = [integer]
+        self._set_num_threads.restype = None
 
     def int4_multiply(self, x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, num_outputs: int) -> Tensor:
         """Return x W^T, bfloat16 [M, N].
@@ -85,6 +137,75 @@ class NativeKernels:
         )  # fmt: skip
         return out
 
+    def packed_multiply(self, x: Tensor, words: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
+        """Return x W^T + bias, bfloat16 [..., N].
+
+        Args:
+            x: bfloat16 [..., K], K even.
+            words: bfloat16 [units, K / 2 and more, PACKED_UNIT, 2] as oneDNN packs [N, K], zeros beyond both.
+            bias: bfloat16 [N] or None.
+            num_outputs: N.
+        """
+        if not x.is_contiguous():
+            x = x.contiguous()
+        *sizes, num_columns = x.shape
+        padded = 2 * words.shape[1]
+        if x.dtype is not torch.bfloat16 or num_columns > padded or num_outputs > words.shape[0] * PACKED_UNIT:
+            raise RuntimeError(f"expected bfloat16 of at most {padded} columns, got {x.dtype} {tuple(x.shape)}")
+        out = x.new_empty(*sizes, num_outputs)
+        self._packed_multiply(
+            x.data_ptr(), words.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
+            x.numel() // num_columns, num_outputs, num_columns, padded, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def attend_slots(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        layer: int,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Attention of a layer's single tokens over the current step's slots, which gain their K and V: [1, B, H, Dv].
+
+        Args:
+            query, key, value: [1, H, B, D] as model/native_step.py's can_attend says, values of a head in one run.
+            sinks: [H] or None.
+
+        Raises:
+            RuntimeError: there is no step, or it has no such layer, or more rows.
+        """
+        _, num_heads, num_rows, key_dim = query.shape
+        value_dim = value.shape[3]
+        out = query.new_empty((1, num_rows, num_heads, value_dim))
+        sinks = None if sinks is None else sinks.float()
+        strides = [tensor.stride() for tensor in (query, key, value)]
+        if any(stride[3] != 1 for stride in strides):
+            raise RuntimeError("expected heads whose values lie one after the other")
+        (_, q_head, q_row, _), (_, k_head, k_row, _), (_, v_head, v_row, _) = strides
+        call = _AttentionCall(
+            query.data_ptr(), q_head, q_row, key.data_ptr(), k_head, k_row, value.data_ptr(), v_head, v_row,
+            0 if sinks is None else sinks.data_ptr(), out.data_ptr(), query.dtype is torch.bfloat16,
+            num_rows, num_heads, key.shape[1], key_dim, value_dim, layer, window or 0, scaling, softcap or 0.0,
+        )  # fmt: skip
+        if not self._attend_call(ctypes.byref(call)):
+            raise RuntimeError(f"attention of {num_rows} rows in layer {layer} is not of the current step")
+        return out
+
+    @contextmanager
+    def step(self, address: int) -> Iterator[None]:
+        """Make a native step (model/native_step.py) this thread's current one while the block runs."""
+        self._set_num_threads(torch.get_num_threads())
+        self._set_step(address)
+        try:
+            yield
+        finally:
+            self._set_step(None)
+
 
 def _check(x: Tensor, num_columns: int, expected: int) -> None:
     """Refuse what would read beyond a tensor's end: there is nobody behind a pointer to do it."""
@@ -102,7 +223,7 @@ def load_native(directory: Path | None) -> NativeKernels | None:
         The kernels; None, and why in the log, where they cannot be had.
     """
     if not _has_instructions():
-        logger.info("no int4 kernels of our own: this CPU has no AVX512-BF16")
+        logger.info("no kernels of our own: this CPU has no AVX512-BF16")
         return None
     compiler = next((path for path in map(shutil.which, COMPILERS) if path), None)
     try:
@@ -112,7 +233,7 @@ def load_native(directory: Path | None) -> NativeKernels | None:
             return NativeKernels(_compile(compiler, Path(temporary) / "kernels.so"))
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
         detail = getattr(error, "stderr", None) or str(error)
-        logger.info("no int4 kernels of our own: %s", detail.strip().splitlines()[0] if detail.strip() else error)
+        logger.info("no kernels of our own: %s", detail.strip().splitlines()[0] if detail.strip() else error)
         return None
 
 
@@ -134,7 +255,9 @@ def _is_own(directory: Path) -> bool:
 
 def _kept(directory: Path, compiler: str | None) -> Path:
     """Return the library in `directory`, compiled anew where it is missing or not what was once written."""
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
+    words = f"{torch.__version__} {' '.join((*FLAGS, *LINKED))}".encode()
+    content = b"".join(path.read_bytes() for path in (*SOURCES, *HEADERS))
+    key = hashlib.sha256(content + words).hexdigest()[:16]
     for path in directory.glob(f"kernels-{key}-*.so"):
         # A damaged library would take the process with it: its name says what its bytes must be.
         if hashlib.sha256(path.read_bytes()).hexdigest()[:16] == path.stem.rpartition("-")[2]:
@@ -158,6 +281,6 @@ def _compile(compiler: str | None, target: Path) -> Path:
     if compiler is None:
         raise OSError("no C++ compiler found")
     logger.info("compiling kernels for this CPU with %s", compiler)
-    command = [compiler, *FLAGS, str(SOURCE), "-o", str(target)]
+    command = [compiler, *FLAGS, *map(str, SOURCES), *LINKED, "-o", str(target)]
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
     return target

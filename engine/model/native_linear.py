@@ -34,7 +34,7 @@ class NativeLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight = weight
-        self._kernels = kernels
+        self.native_kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to bfloat16 [..., in_features]: [..., out_features]."""
@@ -42,7 +42,7 @@ class NativeLinear(nn.Module):
         assert weight is not None
         if torch.compiler.is_compiling():  # which does not see into a call of a library
             return F.linear(x, weight)
-        y = self._kernels.bf16_multiply(x.reshape(-1, self.in_features).contiguous(), weight)
+        y = self.native_kernels.bf16_multiply(x.reshape(-1, self.in_features).contiguous(), weight)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Attention and packed linears as operators that a compiler does not look into.
+"""Attention and packed or quantised linears as operators that a compiler does not look into.
 
 Knows nothing of compilers: schemas, what they compute here, and the shapes that they have while a step is traced.
 Called by compiled steps (engine/compile/), which read the current step through them as the eager forward does.
@@ -6,19 +6,27 @@ Called by compiled steps (engine/compile/), which read the current step through 
 A compiled step is a graph for a fixed number of rows. What changes from step to step (slots, lengths, how many of the
 rows are real) is in the current step, and no argument. The graph does not know that attention writes to slots: it has
 no need to, for each layer's attention takes what the layer before it gave.
+
+To compiled code those of NATIVE are functions of the native library (model/native_shims.cpp), and nothing of Python is
+called; what is here are their twins.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.model.attention import AttentionCall, attend, attend_flat
 from engine.model.cross_attention import attend_cross
+from engine.model.int4 import native  # registers the operator of int4 weights
+from engine.model.native_kernels import PACKED_UNIT, SHIMS
 from engine.model.paged_step import PagedStep
 from engine.model.step import FlatStep, Step, current_step
 
-NAMESPACE = "transformers_openai_api"
+NAMESPACE = native.NAMESPACE
+NATIVE = tuple(SHIMS)
+"""Operators that only models with native kernels call."""
 
 # Plain registrations: torch.library.custom_op adds checks to every call, and there are hundreds in a step.
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -28,6 +36,12 @@ _library.define(  # type: ignore[no-untyped-call]
 )
 _library.define("attend_cross(Tensor query, int layer, int value_dim, float scaling, float? softcap) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("packed_linear(Tensor x, Tensor packed, Tensor? bias) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "attend_slots(Tensor query, Tensor key, Tensor value, Tensor? sinks, int layer, float scaling, int window, "
+    "float softcap) -> Tensor"
+)
+_library.define("packed_rows(Tensor x, Tensor words, Tensor? bias, int num_outputs) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("plain_rows(Tensor x, Tensor weight) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 def _step() -> Step:
@@ -98,6 +112,31 @@ def _packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
+def _attend_slots(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    layer: int,
+    scaling: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """As _attend; 0 for no window and no softcap."""
+    return _attend(query, key, value, layer, scaling, window or None, softcap or None, sinks, None)
+
+
+def _packed_rows(x: Tensor, words: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
+    """A linear layer whose weight is packed, from the packed memory: [..., in] -> [..., out]."""
+    weight = words.transpose(1, 2).reshape(words.shape[0] * PACKED_UNIT, -1)
+    return F.linear(x, weight[:num_outputs, : x.shape[-1]], bias)
+
+
+def _plain_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """A linear layer whose weight lies in memory as it is: [..., in] -> [..., out]."""
+    return F.linear(x, weight)
+
+
 def _attend_shape(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
     return query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
 
@@ -110,10 +149,21 @@ def _packed_linear_shape(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tens
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
+def _packed_rows_shape(x: Tensor, words: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], num_outputs))
+
+
+def _plain_rows_shape(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 for _name, _function, _shape in (
     ("attend", _attend, _attend_shape),
     ("attend_cross", _attend_cross, _attend_cross_shape),
     ("packed_linear", _packed_linear, _packed_linear_shape),
+    ("attend_slots", _attend_slots, _attend_shape),
+    ("packed_rows", _packed_rows, _packed_rows_shape),
+    ("plain_rows", _plain_rows, _plain_rows_shape),
 ):
     _library.impl(_name, _function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _shape, lib=_library)

@@ -21,6 +21,7 @@ from engine.kv.slots import SlotStorage
 from engine.model.chosen_ids import ChosenIds
 from engine.model.inputs import FlatInputs, build_inputs
 from engine.model.module_state import ModuleState
+from engine.model.native_step import kernels_of, native_attention
 from engine.model.placement import is_spread
 from engine.model.step import FlatStep, Step, flat_step, keep_logit_rows
 from engine.scheduler import Batch, ScheduledSequence
@@ -91,12 +92,13 @@ class FlatModel:
     def __init__(self, model: Any) -> None:
         self.model = model
         self._keeps_rows = cuts_logits(model)
+        self._kernels = kernels_of(model)
 
     def run(self, step: Step) -> torch.Tensor:
         """As StepProgram.run."""
         inputs = step.inputs
         kwargs: dict[str, Any] = {"logits_to_keep": inputs.logit_rows} if self._keeps_rows else {}
-        with flat_step(step):
+        with flat_step(step), native_attention(self._kernels, step):
             output = self.model(input_ids=inputs.input_ids, position_ids=inputs.position_ids, use_cache=False, **kwargs)
         logits: torch.Tensor = output.logits[0]
         return logits if logits.shape[0] == inputs.logit_rows.shape[0] else logits[inputs.logit_rows]

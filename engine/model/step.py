@@ -16,6 +16,7 @@ import torch
 from engine.kv.slots import LayerShape, SlotStorage
 from engine.model.cross_attention import CrossStep
 from engine.model.inputs import FlatInputs
+from engine.model.native_kernels import NativeKernels
 from engine.model.paged_step import PagedStep
 
 
@@ -32,6 +33,7 @@ class FlatStep:
         bias: the relative bias by distance [H, N] of the layer that has one; later layers share it.
         biases: by module, made once and kept by the runner.
         bias_copies: of them, for layers that compute on other devices.
+        kernels: our own, where they are to attend to what they can: the step is their current one then.
     """
 
     inputs: FlatInputs
@@ -42,6 +44,7 @@ class FlatStep:
     bias: torch.Tensor | None = None
     biases: dict[int, torch.Tensor] = field(default_factory=dict)
     bias_copies: dict[tuple[int, torch.device], torch.Tensor] = field(default_factory=dict)
+    kernels: NativeKernels | None = None
 
     def bias_on(self, device: torch.device) -> torch.Tensor | None:
         """The relative bias for a layer that computes on `device`; copied once a step where that is another."""

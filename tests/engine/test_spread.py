@@ -25,8 +25,8 @@ from engine.kv.pool import ResizeArena, Slot
 from engine.kv.slots import LayerShape, SlotStorage
 from engine.model.blueprint import draw
 from engine.model.inputs import FlatInputs, build_inputs
-from engine.model.linear import PackedLinear
 from engine.model.loader import LoadedModel, LoadRequest, describe, load_model
+from engine.model.packed_linear import PackedLinear
 from engine.model.paged_attention import attend_blocks
 from engine.model.placement import DISK, PlacementRequest, infer_map, placement_by
 from engine.model.selfcheck import choose_lane

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from engine.model.int4.hqq import Int4Weight
 from engine.model.int4.packed import PackedInt4, Scratch
-from engine.model.linear import PackedWeight
+from engine.model.packed_linear import PackedWeight
 from engine.model.timing import time_in_turn
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,11 @@ class Int4Linear(nn.Module):
         self._stand_in = PackedWeight.of(self, torch.Size(shape), torch.bfloat16, device)
         # Some architectures initialise their children's weights, and are to leave this one alone.
         self._stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
+
+    @property
+    def native_kernels(self) -> object:
+        """Our own kernels, where they multiply; None elsewhere."""
+        return getattr(self._packed, "kernels", None)
 
     @property
     def num_weights(self) -> int:

@@ -1,7 +1,7 @@
 """Int4 weights for our own kernel on CPUs with AVX512-BF16, which is the fastest for any number of rows.
 
 Knows nothing of modules; how the kernel is compiled and called is in model/native_kernels.py.
-Chosen by int4/kernels.py where the kernel can be had.
+Chosen by int4/kernels.py where the kernel can be had. In graphs an operator stands for it.
 
 A register holds 8 columns of 16 rows: in each of its 32 words four codes, which four shifts bring to the bits that a
 table look-up reads. Four such blocks of rows are read as one stream, with 64 rows to a unit.
@@ -9,7 +9,10 @@ table look-up reads. Four such blocks of rows are read as one stream, with 64 ro
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.model.int4.hqq import MAX_CODE, MIDDLE, Int4Weight
@@ -32,7 +35,6 @@ class NativeInt4(PackedInt4):
     @classmethod
     def with_kernels(cls, kernels: NativeKernels) -> type[NativeInt4]:
         """Return this class, bound to a compiled library."""
-        _make_operator(kernels)
         return type("NativeInt4", (cls,), {"kernels": kernels})
 
     def __init__(self, weight: Int4Weight) -> None:
@@ -40,10 +42,10 @@ class NativeInt4(PackedInt4):
         self._words = torch.empty(self.num_rows * self.num_columns // 4, dtype=torch.int16)
         self._scales = torch.empty(weight.scales.numel(), dtype=torch.bfloat16)
         self._zeros = torch.empty_like(self._scales)
-        for rows in self._units():
-            self._words_of(rows).copy_(_words(weight.codes[rows]))
-            self._of_groups(self._scales, rows).copy_(_by_lane(weight.scales[rows]))
-            self._of_groups(self._zeros, rows).copy_(_by_lane(weight.zeros[rows]))
+        for rows in _units(self.num_rows):
+            _view(self._words, rows, self.num_columns // 8, 2).copy_(_words(weight.codes[rows]))
+            for kept, given in ((self._scales, weight.scales), (self._zeros, weight.zeros)):
+                _view(kept, rows, given.shape[1]).copy_(_by_lane(given[rows])[..., None])
 
     @property
     def num_bytes(self) -> int:
@@ -58,44 +60,62 @@ class NativeInt4(PackedInt4):
     def multiply(self, x: Tensor) -> Tensor:
         """Return x W^T by the kernel."""
         if torch.compiler.is_compiling():  # which sees into operators, and not into a call of a library
-            operator: Tensor = getattr(torch.ops, NAMESPACE).int4_multiply(
-                x, self._words, self._scales, self._zeros, self.num_rows
-            )
-            return operator
+            return self.multiply_traced(x)
         return self.kernels.int4_multiply(x, self._words, self._scales, self._zeros, self.num_rows)
+
+    def multiply_traced(self, x: Tensor) -> Tensor:
+        """Return x W^T of x [..., K] by the operator that stands for the kernel in a graph."""
+        product: Tensor = getattr(torch.ops, NAMESPACE).int4_multiply(
+            x, self._words, self._scales, self._zeros, self.num_rows
+        )
+        return product
 
     def dequantise(self) -> Tensor:
         """Return the weight, bfloat16 [N, K], each value rounded once."""
-        out = torch.empty(self.num_rows, self.num_columns, dtype=torch.bfloat16)
-        for rows in self._units():
-            codes = torch.stack(
-                [(self._words_of(rows) >> shift & MAX_CODE).to(torch.int8) for shift in (0, 4, 8, 12)], dim=-2
-            )
-            # [units, K/8, blocks, lanes, 4, 2] to [units * blocks * lanes, K]
-            codes = codes.permute(0, 2, 3, 1, 4, 5).reshape(-1, self.num_columns // self.group_size, self.group_size)
-            scale, zero = (
-                self._of_groups(t, rows).permute(0, 2, 3, 1).reshape(codes.shape[0], -1, 1)
-                for t in (self._scales, self._zeros)
-            )
-            out[rows] = torch.addcmul(zero, (codes - MIDDLE).bfloat16(), scale).reshape(codes.shape[0], -1)
-        return out
+        return dequantise(self._words, self._scales, self._zeros, self.num_rows)
 
-    def _units(self) -> list[slice]:
-        """Return the rows that fill whole units, and those of the smaller unit that may follow."""
-        whole = self.num_rows // UNIT_ROWS * UNIT_ROWS
-        return [rows for rows in (slice(0, whole), slice(whole, self.num_rows)) if rows.stop > rows.start]
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without the kernels, and so of no class that only this process has: for whoever traces a model elsewhere."""
+        return _without_kernels, (self.__dict__,)
 
-    def _words_of(self, rows: slice) -> Tensor:
-        """Return a view of the words of some units: int16 [units, K/8, blocks, lanes, 2]."""
-        blocks = min(UNIT_ROWS, rows.stop - rows.start) // LANES
-        per_row = self.num_columns // 4
-        return self._words[rows.start * per_row : rows.stop * per_row].view(-1, self.num_columns // 8, blocks, LANES, 2)
 
-    def _of_groups(self, values: Tensor, rows: slice) -> Tensor:
-        """Return a view of the scales or zeros of some units: bfloat16 [units, groups, blocks, lanes]."""
-        blocks = min(UNIT_ROWS, rows.stop - rows.start) // LANES
-        per_row = self.num_columns // self.group_size
-        return values[rows.start * per_row : rows.stop * per_row].view(-1, per_row, blocks, LANES)
+def dequantise(words: Tensor, scales: Tensor, zeros: Tensor, num_rows: int) -> Tensor:
+    """Return a weight bfloat16 [num_rows, K] from what NativeInt4 keeps of it, each value rounded once."""
+    num_columns, num_groups = 4 * words.numel() // num_rows, scales.numel() // num_rows
+    out = torch.empty(num_rows, num_columns, dtype=torch.bfloat16)
+    for rows in _units(num_rows):
+        packed = _view(words, rows, num_columns // 8, 2)
+        codes = torch.stack([(packed >> shift & MAX_CODE).to(torch.int8) for shift in (0, 4, 8, 12)], dim=-2)
+        # [units, K/8, blocks, lanes, 4, 2] to [units * blocks * lanes, K]
+        codes = codes.permute(0, 2, 3, 1, 4, 5).reshape(-1, num_groups, num_columns // num_groups)
+        scale, zero = (
+            _view(values, rows, num_groups).permute(0, 2, 3, 1, 4).reshape(codes.shape[0], -1, 1)
+            for values in (scales, zeros)
+        )
+        out[rows] = torch.addcmul(zero, (codes - MIDDLE).bfloat16(), scale).reshape(codes.shape[0], -1)
+    return out
+
+
+def _without_kernels(state: dict[str, Any]) -> NativeInt4:
+    weight = NativeInt4.__new__(NativeInt4)
+    weight.__dict__.update(state)
+    return weight
+
+
+def _units(num_rows: int) -> list[slice]:
+    """Return the rows that fill whole units, and those of the smaller unit that may follow."""
+    whole = num_rows // UNIT_ROWS * UNIT_ROWS
+    return [rows for rows in (slice(0, whole), slice(whole, num_rows)) if rows.stop > rows.start]
+
+
+def _view(values: Tensor, rows: slice, per_row: int, num_words: int = 1) -> Tensor:
+    """Return a view of the words, scales or zeros of some units: [units, per_row, blocks, lanes, num_words].
+
+    `per_row` is how many registers of words, or how many groups, a row has.
+    """
+    blocks = min(UNIT_ROWS, rows.stop - rows.start) // LANES
+    part = values[rows.start * per_row * num_words : rows.stop * per_row * num_words]
+    return part.view(-1, per_row, blocks, LANES, num_words)
 
 
 def _words(codes: Tensor) -> Tensor:
@@ -120,15 +140,18 @@ def _by_lane(values: Tensor) -> Tensor:
     return values.view(-1, blocks, LANES, values.shape[1]).permute(0, 3, 1, 2)
 
 
-def _make_operator(kernels: NativeKernels) -> None:
-    """Make the kernel an operator of torch, for whoever compiles a model; once a process, for they live in torch."""
-    if hasattr(getattr(torch.ops, NAMESPACE), "int4_multiply"):
-        return
+def _multiply(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, num_outputs: int) -> Tensor:
+    """The twin of the operator that stands for the kernel in a graph: [..., K] -> [..., N] by a plain weight."""
+    return F.linear(x, dequantise(words, scales, zeros, num_outputs))
 
-    @torch.library.custom_op(f"{NAMESPACE}::int4_multiply", mutates_args=(), device_types="cpu")
-    def int4_multiply(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, num_outputs: int) -> Tensor:
-        return kernels.int4_multiply(x, words, scales, zeros, num_outputs)
 
-    @int4_multiply.register_fake
-    def _(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, num_outputs: int) -> Tensor:
-        return x.new_empty(x.shape[0], num_outputs)
+def _multiply_shape(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, num_outputs: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], num_outputs))
+
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "int4_multiply(Tensor x, Tensor words, Tensor scales, Tensor zeros, int num_outputs) -> Tensor"
+)
+_library.impl("int4_multiply", _multiply, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake(f"{NAMESPACE}::int4_multiply", _multiply_shape, lib=_library)

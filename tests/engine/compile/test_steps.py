@@ -14,8 +14,9 @@ from engine.build import build_engine
 from engine.compile.steps import Call, CompiledSteps, bucket_sizes
 from engine.config import CompileConfig, EngineConfig
 from engine.engine import Engine
-from engine.model.linear import PackedLinear, _packed_form
+from engine.model.linear import packed_form
 from engine.model.loader import describe
+from engine.model.packed_linear import PackedLinear
 from engine.model.paged_attention import attend_blocks
 from engine.model.paged_runner import PagedRunner
 from tests import zoo, zoo_seq2seq
@@ -102,7 +103,7 @@ def test_packed_linears_stay_packed_and_outside_of_the_graph(tmp_path: Path) -> 
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Linear:
-                setattr(parent, name, _packed_form(child))
+                setattr(parent, name, packed_form(child))
     engine = build_engine(describe(model), EngineConfig(4, 256, 128), lambda _what, _share: None)
     compile_inline(engine, tmp_path, (2,))
     settle(engine, 1)

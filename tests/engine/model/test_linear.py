@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from engine.model import linear
-from engine.model.linear import PackedLinear, PackedWeight, prepack_linears
+from engine.model import linear, packed_linear
+from engine.model.linear import prepack_linears
+from engine.model.native_kernels import NativeKernels
+from engine.model.packed_linear import PackedLinear, PackedWeight
 from engine.model.timing import time_in_turn
+from tests.int4_weights import CAN_COMPILE, native_kernels
 
-pytestmark = pytest.mark.skipif(linear._LINEAR is None, reason="this build of torch has no packed linears")
+pytestmark = pytest.mark.skipif(packed_linear.LINEAR is None, reason="this build of torch has no packed linears")
 
 
 @pytest.fixture(autouse=True)
@@ -194,7 +197,7 @@ def test_what_is_not_a_plain_bf16_linear_is_left_alone() -> None:
 
 
 def test_without_the_operators_everything_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_LINEAR", None)
+    monkeypatch.setattr(packed_linear, "LINEAR", None)
     module, report = one(nn.Linear(32, 32, dtype=torch.bfloat16))
     assert type(module) is nn.Linear and report.left_plain == {"without oneDNN": 1}
 
@@ -203,16 +206,16 @@ def test_an_operator_that_fails_is_not_used(monkeypatch: pytest.MonkeyPatch) -> 
     def broken(*args: Any) -> Tensor:
         raise RuntimeError("could not create a primitive")
 
-    monkeypatch.setattr(linear, "_REORDER", broken)
+    monkeypatch.setattr(packed_linear, "REORDER", broken)
     module, report = one(nn.Linear(32, 32, dtype=torch.bfloat16))
     assert type(module) is nn.Linear and report.left_plain == {"that oneDNN cannot pack": 1}
 
 
 @pytest.mark.parametrize("wrong", [1.5, float("nan")])
 def test_an_operator_that_gives_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
-    right = linear._LINEAR
+    right = packed_linear.LINEAR
     assert right is not None
-    monkeypatch.setattr(linear, "_LINEAR", lambda *args: right(*args) * wrong)
+    monkeypatch.setattr(packed_linear, "LINEAR", lambda *args: right(*args) * wrong)
     module, report = one(nn.Linear(32, 32, dtype=torch.bfloat16))
     assert type(module) is nn.Linear and report.left_plain == {"not equal when packed": 1}
 
@@ -255,3 +258,51 @@ def test_a_whole_model_gives_the_same_logits(kind: str, num_linears: int) -> Non
         got = model(ids, use_cache=False).logits.float()
     assert report.num_packed == num_linears and report.extra_bytes == 160 * 64 * 2
     torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
+
+
+@pytest.mark.skipif(not CAN_COMPILE, reason="no compiler, or no AVX512-BF16")
+@pytest.mark.parametrize(("size", "native_rows"), [((224, 96), 16), ((70, 72), 16), ((64, 33), 0)])
+def test_few_rows_are_our_own_kernels_from_the_packed_memory(
+    size: tuple[int, int], native_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 1, 4 and 16 rows are faster, 64 are not; then the packed form against the plain one.
+    times = iter([[1.0, 2.0]] * 3 + [[2.0, 1.0]] * 3) if native_rows else iter([[2.0, 1.0]] * 2)
+    monkeypatch.setattr(linear, "time_in_turn", lambda *_: next(times))
+    plain = nn.Linear(size[1], size[0], dtype=torch.bfloat16)
+    weight, bias = plain.weight.detach().clone(), plain.bias.detach().clone()
+    model = nn.Sequential(plain)
+    report = prepack_linears(model, max_extra_bytes=0, kernels=native_kernels())
+    packed = model[0]
+    assert isinstance(packed, PackedLinear)
+    assert packed.max_native_rows == native_rows and report.num_native == (native_rows > 0)
+    calls: list[int] = []
+    multiply = NativeKernels.packed_multiply
+
+    def counted(self: NativeKernels, x: Tensor, *more: Any) -> Tensor:
+        calls.append(x.shape[0])
+        return multiply(self, x, *more)
+
+    monkeypatch.setattr(NativeKernels, "packed_multiply", counted)
+    expected_calls = [1, 16] if native_rows else []
+    with torch.inference_mode():
+        for rows in (1, 16, 17):
+            x = torch.randn(rows, size[1], dtype=torch.bfloat16)
+            exact = F.linear(x.double(), weight.double(), bias.double())
+            torch.testing.assert_close(packed(x).double(), exact, rtol=2**-7, atol=2**-7)
+        assert calls == expected_calls
+        assert torch.equal(packed.unpack(), weight)
+        packed(x[:1])
+        assert calls == expected_calls and packed.max_native_rows == 0
+
+
+@pytest.mark.skipif(not CAN_COMPILE, reason="no compiler, or no AVX512-BF16")
+def test_a_kernel_that_gives_something_else_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def wrong(self: NativeKernels, x: Tensor, words: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
+        return torch.ones(*x.shape[:-1], num_outputs, dtype=x.dtype)
+
+    monkeypatch.setattr(NativeKernels, "packed_multiply", wrong)
+    model = nn.Sequential(nn.Linear(64, 64, dtype=torch.bfloat16))
+    report = prepack_linears(model, max_extra_bytes=0, kernels=native_kernels())
+    assert report.num_packed == 1 and report.num_native == 0 and "something else than torch's" in caplog.text

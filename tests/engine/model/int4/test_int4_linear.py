@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from engine.model.int4.linear import Int4Linear
 from engine.model.int4.packed import Scratch
-from engine.model.linear import PackedWeight
+from engine.model.packed_linear import PackedWeight
 from tests.int4_weights import KERNEL_NAMES, kernel, random, some_weight
 
 pytestmark = pytest.mark.skipif(not KERNEL_NAMES, reason="this build of torch has no int4 kernel for CPUs")
@@ -119,4 +119,5 @@ def test_a_compiler_of_models_sees_through_it(name: str) -> None:
     x = random(3, 128).bfloat16()
     with torch.no_grad():
         compiled = torch.compile(linear, backend="eager", fullgraph=True)
-        assert torch.equal(compiled(x), linear(x))
+        # In a graph the native kernel is its twin, which rounds the weight before it multiplies.
+        assert_close(compiled(x), linear(x).double())
