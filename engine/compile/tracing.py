@@ -6,6 +6,7 @@ Called by compile/worker.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from engine.model import operators
 from engine.model.attention import NAME, NotFlat, flat_attention
 from engine.model.cross_attention import CrossStep
 from engine.model.inputs import FlatInputs
+from engine.model.int4.linear import Int4Linear
+from engine.model.int4.native import NativeInt4
+from engine.model.native_linear import NativeLinear
 from engine.model.native_step import can_attend
 from engine.model.packed_linear import PackedLinear
 from engine.model.relative_bias import is_relative
@@ -59,8 +63,9 @@ class _Step(nn.Module):
     def forward(self, tensors: list[Tensor], input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor]:
         program = put_on(self._skeleton.data, tensors)
         for module in program.model.modules():
-            if isinstance(module, PackedLinear) and module._packed is not None:
-                module.forward = _PackedForward(module)  # type: ignore[method-assign]
+            forward = _forward_in_graph(module)
+            if forward is not None:
+                module.forward = forward
         marker = getattr(program, "marker", None)
         AttentionInterface.register(NAME, _Attention(marker, is_native=self._skeleton.is_native))
         rows = torch.arange(input_ids.shape[1], device=self._device)
@@ -71,6 +76,24 @@ class _Step(nn.Module):
         finally:
             AttentionInterface.register(NAME, flat_attention)
         return (logits,)
+
+
+def _forward_in_graph(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """What stands for a module's forward that a graph cannot hold; None where it can."""
+    if isinstance(module, PackedLinear) and module._packed is not None:
+        return _PackedForward(module)
+    if isinstance(module, Int4Linear) and isinstance(module._packed, NativeInt4):
+        packed, bias = module._packed, module.bias
+
+        def multiply(x: Tensor) -> Tensor:
+            y = packed.multiply_traced(x.contiguous())
+            return y if bias is None else y + bias
+
+        return multiply
+    if isinstance(module, NativeLinear):
+        weight = module.weight
+        return lambda x: _ops.plain_rows(x.contiguous(), weight)
+    return None
 
 
 class _PackedForward:

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MA
 from engine.model.drift import measure_drift, trial_logits
 from engine.model.int4.linear import Int4Linear
 from engine.model.linear import prepack_linears
-from engine.model.native_kernels import load_native
+from engine.model.native_kernels import NativeKernels, load_native
 from engine.model.native_linear import use_native_head
 from engine.model.placement import Placement, PlacementRequest, drop_idle_hooks, placement_of
 from engine.model.quantize import Quantisation, QuantiseRequest
@@ -129,7 +129,7 @@ def _read(model_class: Any, request: LoadRequest, arguments: dict[str, Any]) -> 
         raise LoadError(f"{request.name} cannot be loaded: {_first_line(error)}") from error
 
 
-def _settle(model: Any, request: LoadRequest, progress: Progress) -> LoadedModel:
+def _settle(model: Any, request: LoadRequest, progress: Progress, kernels: NativeKernels | None = None) -> LoadedModel:
     """Bring a model that was read to its device, in the form that is fastest there; a spread one is where it is."""
     if placement_of(model) is None:
         progress(f"moving {request.name} to {request.device}", None)
@@ -142,7 +142,8 @@ def _settle(model: Any, request: LoadRequest, progress: Progress) -> LoadedModel
     if loaded.device.type == "cpu":
         progress("packing the weights for this CPU", None)
         directory = request.kernel_directory
-        kernels = load_native(directory) if directory is not None and loaded.dtype is torch.bfloat16 else None
+        if kernels is None and directory is not None and loaded.dtype is torch.bfloat16:
+            kernels = load_native(directory)
         prepack_linears(model, max_extra_bytes=loaded.num_bytes // MAX_EXTRA_SHARE, kernels=kernels)
     return loaded
 
@@ -162,9 +163,10 @@ def _load_quantised(
             quantisation.check()
     except RuntimeError as error:
         raise LoadError(f"--hqq True: {_first_line(error)}") from error
-    loaded = _settle(model, request, progress)
-    if quantisation.native_kernels is not None:
-        use_native_head(model, quantisation.native_kernels)
+    kernels = quantisation.native_kernels
+    loaded = _settle(model, request, progress, kernels)
+    if kernels is not None:
+        use_native_head(model, kernels)
     if expected is not None and quantise.report_token_ids is not None:
         logger.info("%s", measure_drift(expected, trial_logits(loaded.model, quantise.report_token_ids)))
     return loaded

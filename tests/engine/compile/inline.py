@@ -21,6 +21,7 @@ from engine.compile.steps import Call, CompiledCode, CompiledSteps
 from engine.compile.tracing import trace_step
 from engine.compile.trial import Trials, TrialSetting
 from engine.engine import Engine
+from engine.model.native_step import kernels_of
 from engine.model.paged_runner import PagedRunner
 from engine.model.runner import FlatRunner, StepProgram
 from engine.model.seq2seq import Seq2SeqRunner
@@ -54,7 +55,8 @@ def compile_inline(
     runner = engine.runner
     assert isinstance(runner, FlatRunner | Seq2SeqRunner | PagedRunner)
     program = runner.program
-    skeleton, tensors = take_skeleton(program, program.model)
+    kernels = kernels_of(program.model)
+    skeleton, tensors = take_skeleton(program, program.model, is_native=kernels is not None)
     shapes, vocab_size = runner.storage.shapes, engine.sampler.vocab_size
     setting: Trials = TrialSetting(shapes, vocab_size, runner.device)
     if isinstance(runner, PagedRunner):
@@ -74,7 +76,8 @@ def compile_inline(
         return change(call)
 
     compiler = InlineCompiler(skeleton, directory, is_autotuned=False)
-    steps = CompiledSteps(program, tensors, compiler, setting, sizes, **{"load": load, "measure": quick, **more})
+    options = {"load": load, "measure": quick, "kernels": kernels, **more}
+    steps = CompiledSteps(program, tensors, compiler, setting, sizes, **options)
     runner.program = engine.compiled = steps
     return steps
 
