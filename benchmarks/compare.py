@@ -49,6 +49,7 @@ async def run_round(name: str, command: str, model: Path, arguments: argparse.Na
         prompts = PromptSource(model, seed=seed)
         target = Target(server.base_url, str(model), prompts, length_scale=arguments.length_scale)
         await asyncio.sleep(2)
+        await server.until_idle(arguments.settle)
         idle = await server.idle_cpu_share()
         loaded = server.memory_bytes()
         results = await run_scenarios(target, arguments.scenarios, report_progress, timeout_s=arguments.timeout)
@@ -91,12 +92,22 @@ def round_summary(this: Round) -> str:
     )
 
 
+def named(text: str) -> tuple[str, str]:
+    """Name and command of one --server."""
+    name, _, rest = text.partition("=")
+    is_ours = name == "ours" or name.startswith("ours-")
+    return name, f"{OURS} {rest}".strip() if is_ours else rest
+
+
 def main() -> None:
     """Compare the servers that the command line names."""
     parser = argparse.ArgumentParser(description="Compare OpenAI-compatible servers under the same load.")
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument(
-        "--server", action="append", required=True, help="ours, or NAME=COMMAND with {model} and {port}; repeatable"
+        "--server",
+        action="append",
+        required=True,
+        help="ours, ours-NAME=OPTIONS, or NAME=COMMAND with {model} and {port}; repeatable",
     )
     parser.add_argument("--models", type=Path, default=Path("build/models"), help="where checkpoints are kept")
     parser.add_argument("--logs", type=Path, default=Path("build/logs"), help="where servers' output goes")
@@ -108,6 +119,7 @@ def main() -> None:
     # With two threads on a machine that others use too, each of a step's many barriers waits for a descheduled thread.
     parser.add_argument("--threads", type=int, help="threads of each server (OMP_NUM_THREADS; default: its own choice)")
     parser.add_argument("--timeout", type=float, default=300, help="seconds a scenario may take")
+    parser.add_argument("--settle", type=float, default=0, help="seconds that a server may go on compiling at most")
     parser.add_argument("--json", type=Path, help="write all numbers here")
     arguments = parser.parse_args()
     # As an exception, so that the server of the moment is ended too.
@@ -116,7 +128,7 @@ def main() -> None:
     if not (model / "config.json").exists():
         write_checkpoint(SHAPES[arguments.shape], model)
     arguments.logs.mkdir(parents=True, exist_ok=True)
-    servers = [("ours", OURS) if text == "ours" else tuple(text.split("=", 1)) for text in arguments.server]
+    servers = [named(text) for text in arguments.server]
     # The first again at the end: what the machine did meanwhile shows as the difference of its two turns.
     order = servers if arguments.once else [*servers, servers[0]]
     rounds: list[Round] = []

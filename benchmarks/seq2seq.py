@@ -24,8 +24,7 @@ from benchmarks.report import table
 from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.model.linear import prepack_linears
-from engine.model.loader import DTYPES, MAX_EXTRA_SHARE, describe
+from engine.model.loader import DTYPES, describe, pack_weights
 from engine.sequence import SamplingParams, Sequence, Source
 
 START_ID = 0
@@ -82,7 +81,7 @@ def sources_of(model: Any, count: int, length: int) -> list[Source]:
 def build(model: Any, sources: list[Source], num_new_tokens: int) -> Engine:
     """An engine with room for all sources at once, its weights packed as the loader packs them."""
     loaded = describe(model)
-    prepack_linears(model, max_extra_bytes=loaded.num_bytes // MAX_EXTRA_SHARE)
+    pack_weights(loaded)
     config = EngineConfig(
         max_num_seqs=len(sources),
         max_batch_tokens=512,

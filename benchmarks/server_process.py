@@ -24,6 +24,8 @@ from benchmarks.sse_client import RequestFailed, stream_completion
 # Asks a server at this base URL for something of this model; raises OSError or RequestFailed while it cannot answer.
 Probe = Callable[[str, str], Awaitable[None]]
 START_TIMEOUT_S = 600
+# Share of a core; some servers poll when nobody asks anything.
+IDLE_SHARE = 0.2
 END_TIMEOUT_S = 20
 
 
@@ -55,6 +57,14 @@ class Server:
         await asyncio.sleep(duration_s)
         after = self._cpu_s()
         return None if before is None or after is None else (after - before) / duration_s
+
+    async def until_idle(self, max_wait_s: float) -> None:
+        """Wait while it or its children still prepare something, such as compiled code, but no longer than asked."""
+        deadline_s = time.perf_counter() + max_wait_s
+        while time.perf_counter() < deadline_s:
+            share = await self.idle_cpu_share(duration_s=3.0)
+            if share is None or share < IDLE_SHARE:
+                return
 
     def _cpu_s(self) -> float | None:
         stats = [_proc(pid, "stat").rpartition(")")[2].split() for pid in _tree(self.pid)]

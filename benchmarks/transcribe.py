@@ -27,13 +27,13 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, WhisperFeatureExtractor, WhisperProcessor, WhisperTokenizer
 
+from benchmarks.compare import named
 from benchmarks.report import percentile, table
 from benchmarks.seq2seq import SHAPES, WINDOW_S, Shape, make
 from benchmarks.server_process import ServerFailed, running_server
 from benchmarks.speech import write_for_peers
 from benchmarks.sse_client import RequestFailed
 
-OURS = f"{sys.executable} main.py --hf-model {{model}} --host 127.0.0.1 --port {{port}} --accelerator-type cpu"
 SAMPLE_RATE_HZ = 16_000
 PROMPT_TOKENS = 4  # start, language, task, and that no times are wanted
 REQUEST_TIMEOUT_S = 300
@@ -168,7 +168,7 @@ def main() -> None:
     """Compare the servers that the command line names."""
     parser = argparse.ArgumentParser(description="Compare transcription servers under the same load.")
     parser.add_argument("shape", choices=[name for name in SHAPES if name.startswith("whisper")])
-    parser.add_argument("--server", action="append", required=True, help="ours[=OPTIONS], or NAME=COMMAND; repeatable")
+    parser.add_argument("--server", action="append", required=True, help="as benchmarks/compare.py takes it")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=100, help="tokens written for each window")
     parser.add_argument("--find-language", action="store_true", help="no language is given: servers find it first")
@@ -187,10 +187,7 @@ def main() -> None:
             has_language=not arguments.find_language,
         )
     arguments.logs.mkdir(parents=True, exist_ok=True)
-    servers = []
-    for text in arguments.server:
-        name, _, command = text.partition("=")
-        servers.append((name, f"{OURS} {command}" if name.startswith("ours") else command))
+    servers = [named(text) for text in arguments.server]
     turns = []
     for number, (name, command) in enumerate(servers if arguments.once else [*servers, servers[0]]):
         try:

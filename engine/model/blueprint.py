@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from engine.model.int4.choice import choose_layers
 from engine.model.int4.cpu import CHUNK_WEIGHTS, CpuInt4
 from engine.model.int4.cuda import CudaInt4
-from engine.model.loader import DTYPES, MAX_EXTRA_SHARE, LoadError, LoadRequest, resolve_class
+from engine.model.loader import DTYPES, MAX_EXTRA_SHARE, LoadError, LoadRequest, packs_float32, resolve_class
 from engine.model.valueless import META
 
 _BUILD_FAILURES = (
@@ -138,11 +138,12 @@ def count_weights(model: Any, dtype: torch.dtype, device: str, *, int4_group_siz
             continue
         found = torch.float32 if kept is not None and kept.search(name) else parameter.dtype
         by_dtype[str(found).removeprefix("torch.")] += parameter.numel() * found.itemsize
-    packs = device == "cpu" and dtype == torch.bfloat16
+    is_packed = dtype == torch.bfloat16 or (dtype == torch.float32 and packs_float32(model.config))
+    max_extra = sum(by_dtype.values()) // MAX_EXTRA_SHARE
     return WeightBytes(
         by_dtype=dict(by_dtype),
         buffers=sum(_num_bytes(buffer) for buffer in model.buffers()),
-        packed_head=_packed_head_bytes(model, sum(by_dtype.values()) // MAX_EXTRA_SHARE) if packs else 0,
+        packed_head=_packed_head_bytes(model, max_extra) if device == "cpu" and is_packed else 0,
         num_parameters=num_parameters,
         num_quantised=len(int4),
         scratch=_scratch_bytes(model, set(int4), device),

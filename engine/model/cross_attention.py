@@ -28,8 +28,8 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None
 class CrossGroup:
     """Single-token rows whose sources lie in one arena.
 
-    `num_slots` rows of the arena are read as one view when `is_padded`. Row n of the group is flat token `rows[n]`, and
-    query row `places[n] % rows_per_slot` of slot `places[n] // rows_per_slot`.
+    `num_slots` slots of the arena from `first_slot` on are read as one view when `is_padded`. Row n of the group is
+    flat token `rows[n]`, and query row `places[n] % rows_per_slot` of the view's slot `places[n] // rows_per_slot`.
     """
 
     arena: Arena
@@ -37,11 +37,12 @@ class CrossGroup:
     places: torch.Tensor  # int64 [N]
     slots: list[int]  # of each row
     lengths: list[int]  # encoder positions of each row's source
+    first_slot: int
     num_slots: int
     rows_per_slot: int
     max_length: int
     is_padded: bool
-    is_in_order: bool  # row n is the only one of slot n, for all slots up to num_slots
+    is_in_order: bool  # row n is the only one of the view's slot n, for all of its slots
     mask: torch.Tensor | None  # bool [S, 1, 1, L], true where there is a source; None where all are as long as L
 
     def on(self, device: torch.device) -> CrossGroup:
@@ -122,28 +123,31 @@ def _group(arena: Arena, found: list[tuple[int, Slot, int]], device: torch.devic
     for slot in slots:
         number_in_slot.append(taken[slot])
         taken[slot] += 1
-    num_slots, rows_per_slot, max_length = slots[-1] + 1, max(taken.values()), max(lengths)
+    first_slot, rows_per_slot, max_length = slots[0], max(taken.values()), max(lengths)
+    num_slots = slots[-1] + 1 - first_slot
+    seen_slots = range(first_slot, first_slot + num_slots)
     length_of = dict(zip(slots, lengths, strict=True))
     is_alike = len(length_of) == num_slots and min(lengths) == max_length
     mask = None
     if not is_alike:
-        all_lengths = upload([length_of.get(slot, 1) for slot in range(num_slots)], torch.int64, device)
+        all_lengths = upload([length_of.get(slot, 1) for slot in seen_slots], torch.int64, device)
         mask = (torch.arange(max_length, device=device) < all_lengths[:, None])[:, None, None, :]
     return CrossGroup(
         arena=arena,
         rows=upload(rows, torch.int64, device),
         places=upload(
-            [slot * rows_per_slot + number for slot, number in zip(slots, number_in_slot, strict=True)],
+            [(slot - first_slot) * rows_per_slot + number for slot, number in zip(slots, number_in_slot, strict=True)],
             torch.int64,
             device,
         ),
         slots=slots,
         lengths=lengths,
+        first_slot=first_slot,
         num_slots=num_slots,
         rows_per_slot=rows_per_slot,
         max_length=max_length,
         is_padded=num_slots * max_length <= MAX_PADDING * sum(length_of.values()),
-        is_in_order=slots == list(range(num_slots)),
+        is_in_order=slots == list(seen_slots),
         mask=mask,
     )
 
@@ -192,7 +196,8 @@ def _attend_group(group: CrossGroup, layer: int, rows: torch.Tensor, attend: Att
         rows = whole
     # The rows of a slot and the query heads of a KV head are query rows alike: [S, Hkv, R * G, Dk].
     packed = rows.view(num_slots, per_slot, num_kv_heads, -1, dim).transpose(1, 2).flatten(2, 3)
-    out = attend(packed, keys[:num_slots, :, :length], values[:num_slots, :, :length], group.mask)
+    seen = slice(group.first_slot, group.first_slot + num_slots)
+    out = attend(packed, keys[seen, :, :length], values[seen, :, :length], group.mask)
     out = out.view(num_slots, num_kv_heads, per_slot, num_heads // num_kv_heads, -1).transpose(1, 2)
     out = out.reshape(num_slots * per_slot, num_heads, -1)
     return out if group.is_in_order else out[group.places]

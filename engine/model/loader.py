@@ -144,8 +144,26 @@ def _settle(model: Any, request: LoadRequest, progress: Progress, kernels: Nativ
         directory = request.kernel_directory
         if kernels is None and directory is not None and loaded.dtype is torch.bfloat16:
             kernels = load_native(directory)
-        prepack_linears(model, max_extra_bytes=loaded.num_bytes // MAX_EXTRA_SHARE, kernels=kernels)
+        pack_weights(loaded, kernels)
     return loaded
+
+
+def pack_weights(loaded: LoadedModel, kernels: NativeKernels | None = None) -> None:
+    """Lay out the linear layers of a model on the CPU as kernels read them (our own too, where they are given).
+
+    The model is changed in place.
+    """
+    prepack_linears(
+        loaded.model,
+        max_extra_bytes=loaded.num_bytes // MAX_EXTRA_SHARE,
+        has_float32=packs_float32(loaded.model.config),
+        kernels=kernels,
+    )
+
+
+def packs_float32(config: Any) -> bool:
+    """Whether a model's layers in float32 are packed too, or those in bfloat16 alone (model/linear.py says why)."""
+    return family_of(config) != "decoder"
 
 
 def _load_quantised(

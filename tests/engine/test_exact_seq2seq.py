@@ -14,7 +14,9 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ContextLengthExceeded, InvalidValue
 from engine.kv.encoder_decoder import EncoderDecoderKV
-from engine.model.loader import describe
+from engine.model import linear
+from engine.model.loader import describe, pack_weights
+from engine.model.packed_linear import PackedLinear
 from engine.model.seq2seq import Seq2SeqRunner
 from engine.sequence import PromptProbe, SamplingParams, Sequence, Source, TimestampRules, TokenRules
 from tests import zoo_seq2seq as zoo
@@ -34,8 +36,10 @@ def model_of(name: str) -> Any:
     return copy.deepcopy(_models[name])
 
 
-def engine_of(name: str, **limits: Any) -> Engine:
+def engine_of(name: str, *, is_packed: bool = False, **limits: Any) -> Engine:
     loaded = describe(model_of(name))
+    if is_packed:
+        pack_weights(loaded)
     fields = {"max_num_seqs": 8, "max_batch_tokens": 256, "max_model_len": 128, "max_source_len": 128, **limits}
     return build_engine(loaded, EngineConfig(**fields), lambda _what, _share: None)
 
@@ -90,6 +94,28 @@ def test_steps_that_overlap_give_the_same_tokens(name: str) -> None:
     for _ in range(2):
         outputs = drive(engine, [sequence(n, text(ids)) for n, ids in enumerate(sources())], stagger=5)
         assert [tokens(outputs[n]) for n in range(len(LENGTHS))] == expected
+
+
+@pytest.mark.parametrize("name", [*sorted(zoo.FLAT_FAMILIES), "whisper"])
+def test_packed_weights_give_generates_tokens_in_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def times(*functions: Any) -> list[float]:
+        for function in functions:
+            function()
+        return [2.0, 1.0]
+
+    monkeypatch.setattr(linear, "time_in_turn", times)  # these layers are too small to be faster
+    engine = engine_of(name, is_packed=True)
+    assert isinstance(engine.runner, Seq2SeqRunner)
+    assert any(isinstance(module, PackedLinear) for module in engine.runner.decoder.model.modules())
+    if name == "whisper":
+        prompts = [prompt(4 + n, seed=n) for n in range(4)]
+        expected = [generate_speech(model_of(name), n, ids, NUM_TOKENS) for n, ids in enumerate(prompts)]
+        sequences = [sequence(n, speech(n), ids) for n, ids in enumerate(prompts)]
+    else:
+        expected = [zoo.generate(model_of(name), ids, NUM_TOKENS) for ids in sources()]
+        sequences = [sequence(n, text(ids)) for n, ids in enumerate(sources())]
+    outputs = drive(engine, sequences, stagger=3)
+    assert [tokens(outputs[n]) for n in range(len(expected))] == expected
 
 
 def test_whisper_gives_generates_tokens_alone_and_among_others() -> None:

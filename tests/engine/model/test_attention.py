@@ -136,25 +136,27 @@ def test_blocks_of_queries_agree_with_the_plain_twin_over_the_whole(
 
 
 @pytest.mark.parametrize("kind", ["none", "bool", "added"])
-def test_a_single_row_by_plain_products_agrees_with_the_twin(kind: str) -> None:
+@pytest.mark.parametrize(("dtype", "capacity"), [(torch.bfloat16, 32), (torch.float32, 32), (torch.float32, 21)])
+def test_a_single_row_by_plain_products_agrees_with_the_twin(kind: str, dtype: torch.dtype, capacity: int) -> None:
     torch.manual_seed(0)
     num_slots, length = 3, 21
-    query = torch.randn(num_slots, HEADS, 1, DIM).bfloat16()
-    # Views of longer slots, as in an arena.
-    key = torch.randn(num_slots + 1, HEADS, 32, DIM).bfloat16()[:num_slots, :, :length]
-    value = torch.randn(num_slots + 1, HEADS, 32, VALUE_DIM).bfloat16()[:num_slots, :, :length]
+    query = torch.randn(num_slots, HEADS, 1, DIM).to(dtype)
+    # Views of longer slots, as in an arena, or of full ones.
+    key = torch.randn(num_slots + 1, HEADS, capacity, DIM).to(dtype)[:num_slots, :, :length]
+    value = torch.randn(num_slots + 1, HEADS, capacity, VALUE_DIM).to(dtype)[:num_slots, :, :length]
     seen = torch.arange(length) < torch.tensor([21, 4, 13])[:, None]
     mask = {"none": None, "bool": seen[:, None, None], "added": None}[kind]
     call = AttentionCall(0.3, None, None, None)
     if kind == "added":
         bias = torch.randn(num_slots, HEADS, 1, length).masked_fill(~seen[:, None, None], float("-inf"))
-        got = attend(query, key, value, bias.bfloat16(), call)
+        got = attend(query, key, value, bias.to(dtype), call)
         scores = torch.matmul(query.float(), key.float().transpose(-1, -2)) * 0.3 + bias
         wanted = torch.matmul(torch.softmax(scores, -1), value.float())
     else:
         got = attend(query, key, value, mask, call)
         wanted = attend_plain(query.float(), key.float(), value.float(), mask, call)
-    torch.testing.assert_close(got.float(), wanted, atol=4e-2, rtol=4e-2)
+    tolerance = 4e-2 if dtype is torch.bfloat16 else 1e-5
+    torch.testing.assert_close(got.float(), wanted, atol=tolerance, rtol=tolerance)
 
 
 def test_what_the_lane_cannot_honour_is_refused() -> None:

@@ -50,7 +50,7 @@ def test_a_huge_model_is_drawn_in_seconds_and_takes_no_memory() -> None:
     assert weights.parameters == 2 * weights.num_parameters
 
 
-def test_the_packed_copy_of_a_shared_head_is_bounded_and_of_bfloat16_on_cpu_alone() -> None:
+def test_the_packed_copy_of_a_shared_head_is_bounded_and_of_a_packed_dtype_on_cpu_alone() -> None:
     model = drawn("llama", torch.bfloat16, tie_word_embeddings=True)
     head = VOCAB_SIZE * 64 * 2
     on_cpu = count_weights(model, torch.bfloat16, "cpu")
@@ -58,6 +58,8 @@ def test_the_packed_copy_of_a_shared_head_is_bounded_and_of_bfloat16_on_cpu_alon
     assert count_weights(model, torch.bfloat16, "cuda").packed_head == 0
     assert count_weights(drawn("llama", tie_word_embeddings=True), torch.float32, "cpu").packed_head == 0
     assert count_weights(drawn("llama", torch.bfloat16), torch.bfloat16, "cpu").packed_head == 0
+    both = drawn("t5", tie_word_embeddings=True)
+    assert count_weights(both, torch.float32, "cpu").packed_head == VOCAB_SIZE * 64 * 4
     # More than a third of the model: not packed.
     large = drawn("llama", torch.bfloat16, tie_word_embeddings=True, vocab_size=10_000)
     assert count_weights(large, torch.bfloat16, "cpu").packed_head == 0

@@ -58,6 +58,18 @@ def test_a_packed_linear_gives_what_the_plain_one_gives(bias: bool, rows: int) -
         torch.testing.assert_close(packed(x).double(), exact, rtol=2**-7, atol=2**-7)
 
 
+def test_float32_is_packed_where_that_is_asked_for() -> None:
+    plain = nn.Linear(96, 224)
+    weight, offset = plain.weight.detach().clone(), plain.bias.detach().clone()
+    model = nn.Sequential(plain)
+    assert prepack_linears(model, max_extra_bytes=0, has_float32=True).packed_bytes == 96 * 224 * 4
+    assert isinstance(model[0], PackedLinear)
+    for rows in (1, 5, 300):
+        x = torch.randn(rows, 96)
+        with torch.inference_mode():
+            torch.testing.assert_close(model(x), F.linear(x, weight, offset), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "x",
     [
