@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from engine.model.paged_kernel import Extras, Tables
     from engine.model.paged_step import OwnTokens, PagedAttention
 
+MOST_SMS = 4096  # more than any device has
+
 
 def attend_blocks(
     query: torch.Tensor,
@@ -74,14 +76,17 @@ class KernelAttention:
     Args:
         device: where it runs.
         num_sms: multiprocessors of the device, which single tokens' keys are split to fill; 0 to split none.
+        is_checked: whether the first call of a kind compares each way of computing it with attend_blocks.
     """
 
-    def __init__(self, device: torch.device, num_sms: int) -> None:
+    def __init__(self, device: torch.device, num_sms: int, *, is_checked: bool = False) -> None:
         from engine.model.paged_split import num_counters
 
+        self._device = device
         self._num_sms = num_sms
+        self._is_checked = is_checked
         self._counters = torch.zeros(num_counters(num_sms), dtype=torch.int32, device=device)
-        self._compiled: set[tuple[Hashable, ...]] = set()
+        self._known: set[tuple[Hashable, ...]] = set()
 
     def __call__(
         self,
@@ -96,6 +101,7 @@ class KernelAttention:
 
         Raises:
             ValueError: a head has more dimensions than the kernel takes.
+            KernelDisagrees: it was checked, and computes something else than attend_blocks.
         """
         out = query.new_empty((query.shape[0], query.shape[1], values.shape[3]))
         self.attend_some(query, keys, values, inputs, call, out, len(inputs.query_lens))
@@ -114,7 +120,7 @@ class KernelAttention:
         """The step's first `num_sequences` sequences alone, written to their rows of `out`, contiguous [T, H, Dv].
 
         Raises:
-            ValueError: a head has more dimensions than the kernel takes.
+            ValueError, KernelDisagrees: as __call__.
         """
         from engine.model import paged_kernel
         from engine.model.paged_form import MAX_HEAD_DIM, Form, aligned
@@ -122,6 +128,8 @@ class KernelAttention:
         widest = max(keys.shape[3], values.shape[3])
         if widest > MAX_HEAD_DIM:
             raise ValueError(f"a head has {widest} dimensions, the paged kernel takes {MAX_HEAD_DIM}")
+        if self._is_checked:
+            self._check(query, keys, values, call)
         query = aligned(query)
         sinks = None if call.sinks is None else call.sinks.contiguous()
         extras = paged_kernel.Extras(call.scaling, call.window, call.softcap, sinks)
@@ -155,30 +163,32 @@ class KernelAttention:
     ) -> None:
         from engine.model import paged_kernel
         from engine.model.paged_form import Form
-        from engine.model.paged_split import MAX_SPLITS, MIN_KEYS, Scratch, num_splits
+        from engine.model.paged_split import Scratch, num_splits
 
         form = Form.of(query, keys, values)
         # A window's keys begin anywhere in a tile.
         most = tables.block_tables.shape[1] * BLOCK_SIZE
         most = most if extras.window is None else min(most, extras.window + form.tile_keys)
         splits = num_splits(num_singles, form.num_kv_heads, most, self._num_sms)
+        scratch = None
+        if splits > 1:
+            num_programs = num_singles * form.num_kv_heads
+            scratch = Scratch.of(self._counters, splits, num_programs, form.group, form.value_dim)
+        paged_kernel.launch_singles(
+            query, keys, values, out, tables=tables, extras=extras, num_singles=num_singles, scratch=scratch
+        )
 
-        def launch(splits: int, out: torch.Tensor, num_singles: int = num_singles) -> None:
-            scratch = None
-            if splits > 1:
-                num_programs = num_singles * form.num_kv_heads
-                scratch = Scratch.of(self._counters, splits, num_programs, form.group, form.value_dim)
-            paged_kernel.launch_singles(
-                query, keys, values, out, tables=tables, extras=extras, num_singles=num_singles, scratch=scratch
-            )
+    def _check(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, call: AttentionCall) -> None:
+        from engine.model.paged_check import check_kernel
 
-        variant = (form, query.dtype, extras.window is None, extras.softcap is None, extras.sinks is None)
-        if variant not in self._compiled:
-            self._compiled.add(variant)
-            # Both ways are compiled now, while the engine is built: later, requests would wait for it.
-            if num_splits(1, form.num_kv_heads, MAX_SPLITS * MIN_KEYS, self._num_sms) > 1:
-                launch(1 if splits > 1 else 2, torch.empty_like(out), 1)
-        launch(splits, out)
+        heads, dims = (query.shape[1], keys.shape[2]), (keys.shape[3], values.shape[3])
+        kind = (heads, dims, query.dtype, call.window is None, call.softcap is None, call.sinks is None)
+        if kind in self._known:
+            return
+        self._known.add(kind)
+        # Unsplit; and split as far as keys allow, whatever the device.
+        ways = [KernelAttention(self._device, num_sms) for num_sms in (0, MOST_SMS)]
+        check_kernel(ways, attend_blocks, query, keys, values, call)
 
 
 def kernel_for(device: torch.device) -> PagedAttention | None:
@@ -188,6 +198,7 @@ def kernel_for(device: torch.device) -> PagedAttention | None:
     """
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
-    kernel = KernelAttention(device, torch.cuda.get_device_properties(device).multi_processor_count)
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    kernel = KernelAttention(device, num_sms, is_checked=True)
     varlen = find_flash(device)
     return kernel if varlen is None else FlashAttention(varlen, kernel)

@@ -12,6 +12,7 @@ import torch
 
 from engine.model.attention import AttentionCall
 from engine.model.paged_attention import KernelAttention, attend_blocks
+from engine.model.paged_check import KernelDisagrees
 from engine.model.paged_inputs import PagedInputs
 from tests.engine.model.paged_drawings import Drawing, draw
 
@@ -178,10 +179,23 @@ def test_a_device_that_splits_has_a_counter_for_every_row_and_head(num_sms: int)
                 assert num_rows * num_heads <= num_counters(num_sms)
 
 
-def test_both_ways_are_compiled_at_the_first_call(splits: list[int]) -> None:
-    kernel = _kernel(MANY_SMS)
+@pytest.mark.parametrize("window", [None, 4096])
+def test_the_first_call_of_a_kind_tries_both_ways_and_no_other_does(window: int | None, splits: list[int]) -> None:
+    kernel = KernelAttention(torch.device("cpu"), 4, is_checked=True)
     short, long = _singles((40,)), _singles((400,))
     for drawn in (short, long, short):
+        kernel(drawn.query, drawn.keys, drawn.values, drawn.inputs, _call(16, window=window))
+    assert splits == [1, 3 if window is None else 2, 1, 4, 1]
+
+
+def test_a_kernel_that_is_wrong_beyond_a_tile_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.model.paged_attention.attend_blocks", _first_tile)
+    drawn = _singles((40,))
+    kernel = KernelAttention(torch.device("cpu"), 4, is_checked=True)
+    with pytest.raises(KernelDisagrees, match=r"the paged kernel is off by \S+ for heads of 16 dimensions"):
         kernel(drawn.query, drawn.keys, drawn.values, drawn.inputs, _call(16))
-    assert splits == [2, 1, 4, 1]
-    assert not kernel._counters.any()
+
+
+def _first_tile(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, inputs: PagedInputs, call: Any) -> Any:
+    """As if what lies past 64 keys were not there, which the kernel does not think."""
+    return attend_blocks(query, keys, values, inputs, replace(call, window=64))
