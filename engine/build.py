@@ -12,16 +12,18 @@ from dataclasses import replace
 import torch
 
 from engine.build_paged import build_paged
-from engine.compile.steps import compile_steps
+from engine.compile.steps import bucket_sizes, compile_steps
 from engine.compile.trial import TrialSetting
 from engine.config import EngineConfig
 from engine.engine import Engine, Lane
-from engine.graphs.recorder import recorder_for
+from engine.graphs.recorder import Recorder, recorder_for
+from engine.graphs.slot_scene import SlotScene
+from engine.graphs.steps import GraphedSteps
 from engine.kv.budget import StoreUse, budget_within
 from engine.kv.cross import CrossManager
 from engine.kv.encoder_decoder import EncoderDecoderKV
 from engine.kv.manager import KVManager
-from engine.kv.pool import CrossOp, SlotPool, size_classes
+from engine.kv.pool import CrossOp, ResizeArena, SlotPool, size_classes
 from engine.kv.slots import LayerShape, SlotStorage, bytes_by_device
 from engine.kv.states import StateManager
 from engine.model.loader import LoadedModel, Progress
@@ -30,6 +32,7 @@ from engine.model.runner import FlatRunner, SoloRunner
 from engine.model.selfcheck import LaneChoice, choose_lane, measure_solo
 from engine.model.seq2seq import Seq2SeqRunner
 from engine.model.seq2seq_check import Seq2SeqParts, try_flat
+from engine.preparation import Preparation
 from engine.sampling.sampler import Sampler
 from engine.static_cache import Store, announce_static
 
@@ -91,13 +94,14 @@ def _build_solo(loaded: LoadedModel, config: EngineConfig, reason: str, sampler:
 def _build_flat(loaded: LoadedModel, config: EngineConfig, choice: LaneChoice, sampler: Sampler) -> Engine:
     config = _within_limits(config, loaded, (choice.shapes, config.max_model_len))
     kernel = kernel_for(loaded.device)
-    recorder = recorder_for(loaded.device) if config.compile is not None and config.compile.has_graphs else None
+    recorder = _recorder_for(config, loaded)
     paged = None if kernel is None else build_paged(loaded, config, choice, sampler, kernel, recorder)
     if paged is not None:
         return paged
     _say_no_graphs(config, "they read KV in pages")
     storage = SlotStorage(choice.shapes, loaded.device)
-    pool = _pools(config, [Store("decoder", storage.bytes_per_token, config.max_model_len)])[0]
+    store = Store("decoder", storage.bytes_per_token, config.max_model_len)
+    (pool,) = _pools(config, [store], is_static=config.is_static_cache)
     kv = KVManager(pool, is_prefix_caching=config.is_prefix_caching)
     runner = FlatRunner(loaded.model, storage, kv.slot_of, loaded.device)
     runner.apply(pool.preallocate() if config.is_static_cache else ())
@@ -113,16 +117,20 @@ def _build_seq2seq(loaded: LoadedModel, config: EngineConfig, parts: Seq2SeqPart
     assert longest_source is not None  # every encoder-decoder has one
     own_store, cross_store = (parts.shapes, config.max_model_len), (parts.cross_shapes, longest_source)
     config = _within_limits(config, loaded, own_store, cross_store)
-    storage, cross_storage = (SlotStorage(shapes, loaded.device) for shapes in (parts.shapes, parts.cross_shapes))
-    per_token, per_position = storage.bytes_per_token, cross_storage.bytes_per_token
+    per_token, per_position = (sum(s.bytes_per_token for s in shapes) for shapes in (parts.shapes, parts.cross_shapes))
     stores = [
         Store("decoder", per_token, config.max_model_len),
         Store("encoder", per_position, longest_source),
     ]
-    pool, cross_pool = _pools(config, stores)
+    recorder = _recorder_within(config, loaded, stores)
+    pool, cross_pool = _pools(config, stores, is_static=config.is_static_cache or recorder is not None)
     cross = CrossManager(cross_pool, is_caching=config.is_prefix_caching)
     own = KVManager(pool, is_prefix_caching=config.is_prefix_caching)
     kv = EncoderDecoderKV(own, cross, positions_per_token=per_position / per_token)
+    # Graphs hold addresses: what they read is allocated now, with a slot for rows that belong to nobody.
+    fixed = [None if recorder is None else ResizeArena(s.longest, (), config.max_num_seqs + 1) for s in stores]
+    storage = SlotStorage(parts.shapes, loaded.device, fixed[0])
+    cross_storage = SlotStorage(parts.cross_shapes, loaded.device, fixed[1])
     runner = Seq2SeqRunner(
         parts.decoder,
         parts.encoder,
@@ -133,17 +141,52 @@ def _build_seq2seq(loaded: LoadedModel, config: EngineConfig, parts: Seq2SeqPart
         alignment_heads=loaded.alignment_heads,
         device=loaded.device,
     )
-    if config.is_static_cache:
+    if pool.is_static:
         runner.apply([*pool.preallocate(), *map(CrossOp, cross_pool.preallocate())])
-    compiled = None
-    _say_no_graphs(config, "an encoder-decoder's steps read KV in slots, which move")
-    if config.compile is not None and config.compile.has_code:
-        decoder = parts.decoder
+    compiled = _prepare_seq2seq(config, loaded, parts, runner, recorder)
+    return Engine(config, Lane("seq2seq", parts.reason, per_token), runner, kv, sampler, compiled)
+
+
+def _prepare_seq2seq(
+    config: EngineConfig, loaded: LoadedModel, parts: Seq2SeqParts, runner: Seq2SeqRunner, recorder: Recorder | None
+) -> Preparation | None:
+    """What compiles and captures the runner's steps, as far as that is wanted."""
+    if config.compile is None:
+        return None
+    decoder, compiled = parts.decoder, None
+    if config.compile.has_code:
         setting = TrialSetting(
             parts.shapes, loaded.vocab_size, loaded.device, parts.cross_shapes, decoder.marker, decoder.biases
         )
         runner.program = compiled = compile_steps(decoder, setting, config.compile, config.max_num_seqs)
-    return Engine(config, Lane("seq2seq", parts.reason, per_token), runner, kv, sampler, compiled)
+    if recorder is None:
+        return compiled
+    scene = SlotScene(runner.storage, runner.cross_storage, decoder, loaded.vocab_size, loaded.device)
+    sizes = [n for n in config.compile.sizes or bucket_sizes(config.max_num_seqs) if n <= config.max_num_seqs]
+    graphed = runner.captured = GraphedSteps(decoder, scene, sizes, recorder, compiled)
+    return graphed
+
+
+def _recorder_for(config: EngineConfig, loaded: LoadedModel) -> Recorder | None:
+    """What captures steps, where they are to be captured and can be."""
+    return recorder_for(loaded.device) if config.compile is not None and config.compile.has_graphs else None
+
+
+def _recorder_within(config: EngineConfig, loaded: LoadedModel, stores: list[Store]) -> Recorder | None:
+    """The same, where the budget also holds slots of the full length that never move, and one more of each."""
+    recorder = _recorder_for(config, loaded)
+    if recorder is None or config.kv_budget_bytes is None:
+        return recorder
+    num_slots = config.max_num_seqs + 1
+    num_bytes = num_slots * sum(store.bytes_per_sequence for store in stores)
+    if num_bytes <= config.kv_budget_bytes:
+        return recorder
+    _say_no_graphs(
+        config,
+        f"they read slots that never move: {num_slots} of {' and '.join(str(s.longest) for s in stores)} positions "
+        f"would take {num_bytes} bytes, and {config.kv_budget_bytes} are free for it",
+    )
+    return None
 
 
 def _say_no_graphs(config: EngineConfig, reason: str) -> None:
@@ -161,9 +204,9 @@ def _within_limits(
     return replace(config, kv_budget_bytes=budget_within(config.kv_budget_bytes, config.kv_limits, uses))
 
 
-def _pools(config: EngineConfig, stores: list[Store]) -> list[SlotPool]:
+def _pools(config: EngineConfig, stores: list[Store], *, is_static: bool) -> list[SlotPool]:
     """A pool for each store, within one budget: each gets the share that its longest sequences would take."""
-    if config.is_static_cache:
+    if is_static:
         return _static_pools(config, stores)
     total = sum(store.bytes_per_sequence for store in stores)
     pools = []

@@ -16,8 +16,9 @@ from engine.compile.paged_trial import NUM_TRIAL_BLOCKS, PagedTrialSetting
 from engine.compile.steps import CompiledSteps, bucket_sizes, compile_steps
 from engine.config import CompileConfig, EngineConfig
 from engine.engine import Engine, Lane
+from engine.graphs.paged_scene import PagedScene
 from engine.graphs.recorder import Recorder
-from engine.graphs.steps import GraphedSteps, Scene
+from engine.graphs.steps import GraphedSteps
 from engine.kv.paged import PagedStorage
 from engine.kv.paged_manager import PagedManager, num_blocks_for
 from engine.kv.paged_pool import BlockPool
@@ -94,7 +95,7 @@ def build_paged(
         runner.program = compiled = _compile(eager, config, config.compile, loaded, storage, attention)
     if recorder is None:
         return Engine(config, lane, runner, kv, sampler, compiled)
-    scene = Scene(storage, attention, num_blocks, config.max_model_len, loaded.vocab_size, loaded.device)
+    scene = PagedScene(storage, attention, num_blocks, config.max_model_len, loaded.vocab_size, loaded.device)
     sizes = config.compile.sizes or bucket_sizes(config.max_num_seqs)
     graphed = runner.captured = GraphedSteps(eager, scene, sizes, recorder, compiled)
     return Engine(config, lane, runner, kv, sampler, graphed)

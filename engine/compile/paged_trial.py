@@ -1,7 +1,7 @@
 """Decode steps over pages that belong to nobody: what compiled and captured steps are tried on before they serve.
 
 Knows nothing of compilers or graphs.
-Made by engine/build_paged.py for compile/steps.py; graphs/steps.py lays the same steps out over spare blocks.
+Made by engine/build_paged.py for compile/steps.py; graphs/paged_scene.py lays the same steps out over spare blocks.
 
 The rows are tokens of one text, all at once: a row writes its key to its own position and reads those of the rows
 before it. Rows more than there are positions repeat others to the letter, so that it does not matter who writes last.

@@ -54,7 +54,8 @@ class TrialSetting:
     def steps(self, num_rows: int) -> Callable[[], FlatStep]:
         """Makes one and the same step of that many rows, as often as it is called."""
         storage, cross_storage = (_filled(shapes, num_rows, self.device) for shapes in (self.shapes, self.cross_shapes))
-        items = tuple(self._item(row) for row in range(num_rows))
+        num_positions = CAPACITY if self.cross_shapes else 0
+        items = tuple(trial_item(row, self.vocab_size, CAPACITY, num_positions) for row in range(num_rows))
 
         def slot_of(sequence: Sequence) -> Slot:
             return Slot(CAPACITY, sequence.sequence_id)
@@ -68,13 +69,22 @@ class TrialSetting:
 
         return make
 
-    def _item(self, row: int) -> ScheduledSequence:
-        """The last token of a sequence of 1 to CAPACITY tokens."""
-        length = 1 + (5 * row + 2) % CAPACITY
-        token_ids = [(7 * row + 11 * position + 3) % self.vocab_size for position in range(length)]
-        source = Source(str(row).encode(), 1 + (3 * row + 4) % CAPACITY, (0,)) if self.cross_shapes else None
-        sequence = Sequence(row, token_ids, SamplingParams(max_tokens=1), arrival_time_s=0.0, source=source)
-        return ScheduledSequence(sequence, length - 1, 1, 1)
+
+def trial_item(row: int, vocab_size: int, num_tokens: int, num_positions: int) -> ScheduledSequence:
+    """The last token of a sequence of 1 to CAPACITY tokens, with a source of as many positions.
+
+    Args:
+        row: also the sequence's id.
+        vocab_size: token ids are below it.
+        num_tokens, num_positions: most of each, if less than CAPACITY; no positions for no source.
+    """
+    length = 1 + (5 * row + 2) % min(num_tokens, CAPACITY)
+    token_ids = [(7 * row + 11 * position + 3) % vocab_size for position in range(length)]
+    source = None
+    if num_positions:
+        source = Source(str(row).encode(), 1 + (3 * row + 4) % min(num_positions, CAPACITY), (0,))
+    sequence = Sequence(row, token_ids, SamplingParams(max_tokens=1), arrival_time_s=0.0, source=source)
+    return ScheduledSequence(sequence, length - 1, 1, 1)
 
 
 def compare_logits(logits: torch.Tensor, expected: torch.Tensor) -> float:

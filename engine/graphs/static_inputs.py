@@ -1,7 +1,7 @@
 """The inputs of a captured step: tensors that stay where they are and are filled anew before each replay.
 
 Knows nothing of capturing or of models.
-Made by graphs/steps.py, one for each size of steps.
+Made by graphs/paged_scene.py, one for each size of steps.
 
 Rows that belong to nobody stand behind a step's own. Each is token 0 at position 0 of a block that no sequence is
 given: it writes one key there and reads that one.

@@ -1,12 +1,12 @@
 """Decode steps as captured graphs: the host launches one thing in the place of hundreds.
 
 Knows nothing of scheduling or sampling; what captures is graphs/recorder.py.
-Asked by model/paged_runner.py before it runs a step itself; engine.py gives it moments between steps.
+Asked by model/paged_runner.py and model/seq2seq.py before they run a step; engine.py gives it moments between steps.
 
 Steps are captured for certain numbers of rows, the largest first, between the steps of a server that already answers:
 first around the eager step, and once more around compiled code where that begins to serve (compile/steps.py). A graph
 serves after a trial has found that it computes what the eager step computes, and takes less time than what it replaces.
-Graphs hold addresses: storage is allocated once and never moves, and inputs are graphs/static_inputs.py's.
+Graphs hold addresses: storage is allocated once and never moves, and so are inputs (graphs/scene.py).
 """
 
 from __future__ import annotations
@@ -16,58 +16,24 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Series
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import Generic
 
 import torch
 
-from engine.compile.paged_trial import trial_layout
 from engine.compile.steps import CompiledCode, CompiledSteps
 from engine.compile.trial import compare_logits
 from engine.graphs.recorder import Compute, Recorder
-from engine.graphs.static_inputs import StaticInputs
-from engine.kv.paged import PagedStorage
-from engine.kv.paged_manager import num_blocks_for
-from engine.model.paged_inputs import PagedLayout, to_device
-from engine.model.paged_step import PagedStep
+from engine.graphs.scene import L, Scene, StepInputs
+from engine.model.paged_inputs import to_device
 from engine.model.runner import StepProgram
-
-if TYPE_CHECKING:
-    from engine.model.paged_step import PagedAttention
 
 logger = logging.getLogger(__name__)
 
 MEASURED_ROUNDS = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """What captured steps work on.
-
-    Args:
-        storage: blocks that never move.
-        attention: the kernel, or its twin.
-        spare_block: the first of NUM_TRIAL_BLOCKS blocks that no sequence is ever given.
-        max_model_len: tokens of the longest sequence.
-        vocab_size: token ids are below it.
-        device: where all this is.
-    """
-
-    storage: PagedStorage
-    attention: PagedAttention
-    spare_block: int
-    max_model_len: int
-    vocab_size: int
-    device: torch.device
-
-    def trial(self, num_rows: int) -> PagedLayout:
-        """A step of that many rows in the spare blocks."""
-        return trial_layout(
-            num_rows, first_block=self.spare_block, max_model_len=self.max_model_len, vocab_size=self.vocab_size
-        )
-
-
-class Graph:
+class Graph(Generic[L]):
     """A captured step.
 
     Args:
@@ -75,11 +41,11 @@ class Graph:
         replay: computes the logits [size, V] of what the inputs hold.
     """
 
-    def __init__(self, inputs: StaticInputs, replay: Compute) -> None:
+    def __init__(self, inputs: StepInputs[L], replay: Compute) -> None:
         self.inputs = inputs
         self._replay = replay
 
-    def run(self, layout: PagedLayout, input_ids: torch.Tensor | None = None) -> torch.Tensor:
+    def run(self, layout: L, input_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [R, V] of a decode step of at most as many rows, good until the next run."""
         self.inputs.fill(layout, input_ids)
         logits = self._replay()
@@ -89,7 +55,7 @@ class Graph:
         return logits[rows]
 
 
-class GraphedSteps:
+class GraphedSteps(Generic[L]):
     """Runs decode steps as graphs where it can.
 
     Args:
@@ -104,7 +70,7 @@ class GraphedSteps:
     def __init__(
         self,
         program: StepProgram,
-        scene: Scene,
+        scene: Scene[L],
         sizes: Series[int],
         recorder: Recorder,
         compiled: CompiledSteps | None = None,
@@ -116,7 +82,7 @@ class GraphedSteps:
         self._recorder = recorder
         self._compiled = compiled
         self._measure = measure or time_compute
-        self._live: dict[int, Graph] = {}
+        self._live: dict[int, Graph[L]] = {}
         self._pending = deque(sorted(sizes, reverse=True))
         self._trial: Iterator[None] | None = None
         self._is_broken = False  # a capture failed: none is tried again
@@ -136,14 +102,14 @@ class GraphedSteps:
         """Of the buckets of compiled code: they serve, or never will."""
         return 0 if self._compiled is None else self._compiled.num_decided
 
-    def run(self, layout: PagedLayout, input_ids: torch.Tensor | None = None) -> torch.Tensor | None:
-        """Logits [R, V] of a step, good until the next one; None when no graph serves steps like it.
+    def run(self, layout: L, input_ids: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Logits [R, V] of a decode step, good until the next one; None when no graph serves steps like it.
 
         `input_ids`, int64 [B] or [1, B] on the device, stand in the place of the layout's where they are given.
         """
         num_rows = len(layout.input_ids)
         size = min((size for size in self._live if size >= num_rows), default=None)
-        if size is None or not layout.is_decode:
+        if size is None:
             return None
         try:
             return self._live[size].run(layout, input_ids)
@@ -205,18 +171,18 @@ class GraphedSteps:
         try:
             error = 0.0
             for num_rows in sorted({max(1, size // 2), size}):
-                error = max(error, self._compare(graph, self._scene.trial(num_rows)))
+                error = max(error, self._compare(graph, num_rows))
                 yield
         except Exception as failure:  # whatever it computes, the server goes on without it
             words = " ".join(str(failure).split())[:200]
             logger.warning("the graph of %d sequences around %s does not serve: %s", size, kind, words)
             return
-        layout = self._scene.trial(size)
-        others = (lambda: self._run_plainly(layout)) if old is None else (lambda: old.run(layout))
         taken, taken_before = float("inf"), float("inf")
         for _ in range(MEASURED_ROUNDS):
-            taken_before = min(taken_before, self._measure(others))
-            taken = min(taken, self._measure(lambda: graph.run(layout)))
+            with self._scene.trial(size) as layout:
+                before = partial(self._run_plainly if old is None else old.run, layout)
+                taken_before = min(taken_before, self._measure(before))
+                taken = min(taken, self._measure(partial(graph.run, layout)))
             yield
         if taken >= taken_before:
             logger.info(
@@ -231,27 +197,23 @@ class GraphedSteps:
             size, kind, 1e3 * taken, 1e3 * taken_before, error, seconds, (self._recorder.num_bytes - num_bytes) / 2**20,
         )  # fmt: skip
 
-    def _record(self, size: int, program: StepProgram | CompiledCode) -> Graph:
-        scene, old = self._scene, self._live.get(size)
-        inputs = (
-            StaticInputs(size, num_blocks_for(scene.max_model_len), scene.spare_block, scene.device)
-            if old is None
-            else old.inputs
-        )
+    def _record(self, size: int, program: StepProgram | CompiledCode) -> Graph[L]:
+        old = self._live.get(size)
+        inputs = self._scene.inputs(size) if old is None else old.inputs
         # With rows that belong to nobody: what they write must be there for the eager step of a trial, which has none.
-        inputs.fill(scene.trial(max(1, size // 2)))
-        # A step counts its layers, so each run has one of its own; the inputs are the same.
-        replay = self._recorder.record(lambda: program.run(PagedStep(inputs.inputs, scene.storage, scene.attention)))
+        with self._scene.trial(max(1, size // 2)) as layout:
+            inputs.fill(layout, None)
+            replay = self._recorder.record(lambda: program.run(inputs.step()))
         return Graph(inputs, replay)
 
-    def _compare(self, graph: Graph, layout: PagedLayout) -> float:
+    def _compare(self, graph: Graph[L], num_rows: int) -> float:
         """How far a step's logits are from the eager ones; raises NotFlat where that is more than rounding."""
-        expected = self._run_plainly(layout)
-        return compare_logits(graph.run(layout), expected)
+        with self._scene.trial(num_rows) as layout:
+            logits = graph.run(layout)  # before the eager step writes what this one should
+            return compare_logits(logits, self._run_plainly(layout))
 
-    def _run_plainly(self, layout: PagedLayout) -> torch.Tensor:
-        scene = self._scene
-        return self.program.run(PagedStep(layout.to(scene.device), scene.storage, scene.attention))
+    def _run_plainly(self, layout: L) -> torch.Tensor:
+        return self.program.run(self._scene.eager(layout))
 
 
 def time_compute(compute: Compute) -> float:

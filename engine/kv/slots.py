@@ -59,12 +59,17 @@ class SlotStorage:
     Args:
         shapes: one entry a layer.
         device: where the tensors of layers live that name no device.
+        fixed: the one arena there will be, of slots that are made now and never move; None for those that the
+            accounting asks for.
     """
 
-    def __init__(self, shapes: Iterable[LayerShape], device: torch.device) -> None:
+    def __init__(self, shapes: Iterable[LayerShape], device: torch.device, fixed: ResizeArena | None = None) -> None:
         self.shapes = tuple(shapes)
         self.device = device
+        self.fixed = fixed
         self.arenas: dict[int, Arena] = {}
+        if fixed is not None:
+            self._resize(fixed)
 
     @property
     def bytes_per_token(self) -> int:
@@ -89,8 +94,10 @@ class SlotStorage:
                 arena = self.arenas[op.slot.capacity]
                 for tensor in (*arena.keys, *arena.values):
                     tensor[op.slot.index].zero_()
-            else:
+            elif self.fixed is None:
                 self._resize(op)
+            elif op.capacity != self.fixed.capacity or op.num_slots > self.fixed.num_slots:
+                raise ValueError(f"{op.num_slots} slots of {op.capacity} are not among {self.fixed}")
 
     def write(self, slot: Slot, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Fill a slot of one layer from its first position on: keys [H, L, Dk], values [H, L, Dv]."""
@@ -98,9 +105,14 @@ class SlotStorage:
         arena.keys[layer][slot.index, :, : keys.shape[1]] = keys
         arena.values[layer][slot.index, :, : values.shape[1]] = values
 
+    @torch.inference_mode()
     def clear(self) -> None:
-        """Drop every tensor."""
-        self.arenas.clear()
+        """Drop every tensor; make those zeros that are where they are for good."""
+        if self.fixed is None:
+            self.arenas.clear()
+        for arena in self.arenas.values():
+            for tensor in (*arena.keys, *arena.values):
+                tensor.zero_()
 
     def _copy(self, op: CopySlot) -> None:
         source, target = self.arenas[op.source.capacity], self.arenas[op.target.capacity]

@@ -22,6 +22,7 @@ from engine.model.inputs import Chunk, DecodeGroup, FlatInputs
 from engine.model.native_step import can_attend
 from engine.model.paged_step import PagedStep
 from engine.model.relative_bias import bias_table, is_relative
+from engine.model.slot_rows import SlotRows
 from engine.model.step import FlatStep, Recording, current_step
 
 NAME = "flat_slots"  # what config._attn_implementation holds while the flat lane drives the model
@@ -116,6 +117,8 @@ def attend_flat(
     inputs: FlatInputs, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall
 ) -> torch.Tensor:
     """One layer's attention of a step's tokens, [1, H, T, D] each: [1, T, H, Dv]; their slots gain their K and V."""
+    if inputs.captured is not None:
+        return _attend_captured(inputs.captured, layer, query[0], key[0], value[0], call)
     if len(inputs.groups) == 1 and not inputs.chunks:
         return _attend_group(inputs.groups[0], layer, query[0], key[0], value[0], call)
     output = query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
@@ -281,6 +284,17 @@ def _attend_group(
             parts.append(attend(packed[row : row + 1], row_keys, row_values, bias, call))
         out = torch.cat(parts)
     return out.reshape(1, num_rows, -1, values.shape[2])
+
+
+def _attend_captured(
+    rows: SlotRows, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, call: AttentionCall
+) -> torch.Tensor:
+    """As _attend_group, for rows whose slots and lengths only the device knows."""
+    rows.write(layer, keys.transpose(0, 1), values.transpose(0, 1))
+    if call.sinks is not None:
+        call = replace(call, sinks=call.sinks.view(1, keys.shape[0], -1, 1))
+    heads = query.transpose(0, 1)  # [B, H, Dk]
+    return rows.attend(layer, heads, lambda q, k, v, mask: attend(q, k, v, mask, call), call.window, call.bias)[None]
 
 
 def _attend_chunk(

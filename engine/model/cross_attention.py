@@ -18,10 +18,9 @@ import torch
 from engine.kv.pool import Slot
 from engine.kv.slots import Arena, SlotStorage
 from engine.model.inputs import MAX_PADDING, FlatInputs
+from engine.model.slot_rows import Attend, SlotRows
 from engine.sequence import Sequence
 from engine.transfer import upload
-
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 @dataclass(slots=True)
@@ -72,12 +71,14 @@ class CrossStep:
         marker: stands for the encoder's K where the model hands K to attention: that is how the call is known.
         groups, chunks: who looks where.
         alignment_heads: by layer, which heads' weights aligning sequences want.
+        captured: in a captured step, all its rows: there are no groups and chunks.
     """
 
     marker: torch.Tensor
     groups: tuple[CrossGroup, ...]
     chunks: tuple[CrossChunk, ...]
     alignment_heads: Mapping[int, list[int]]
+    captured: SlotRows | None = None
     num_calls: int = 0
     copies: dict[torch.device, tuple[CrossGroup, ...]] = field(default_factory=dict)
 
@@ -167,6 +168,8 @@ def attend_cross(step: CrossStep, query: torch.Tensor, scaling: float, attend: A
     layer = step.num_calls
     step.num_calls += 1
     rows = query[0].transpose(0, 1)  # [T, H, Dk]
+    if step.captured is not None:
+        return step.captured.attend(layer, rows, attend)[None]
     arena = (step.groups or step.chunks)[0].arena
     output = query.new_empty((rows.shape[0], rows.shape[1], arena.values[layer].shape[3]))
     for group in step.groups_on(query.device):

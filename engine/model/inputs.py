@@ -14,6 +14,7 @@ import torch
 from engine.kv.pool import Slot
 from engine.kv.slots import Arena, SlotStorage
 from engine.model.relative_bias import chunk_bias, decode_bias
+from engine.model.slot_rows import SlotRows
 from engine.scheduler import Batch, ScheduledSequence
 from engine.sequence import Sequence
 from engine.transfer import upload
@@ -155,7 +156,8 @@ class Chunk:
 class FlatInputs:
     """The tensors of one flat step; `items` are the batch's, in the order of their tokens.
 
-    Layers of a model that is spread compute on several devices: each device gets its copies once a step.
+    Layers of a model that is spread compute on several devices: each device gets its copies once a step. The step of
+    such a model is not captured; one that is has `captured` rows in the place of groups and chunks.
     """
 
     items: tuple[ScheduledSequence, ...]
@@ -164,6 +166,7 @@ class FlatInputs:
     logit_rows: torch.Tensor  # int64 [R], the tokens whose logits are wanted
     groups: tuple[DecodeGroup, ...]
     chunks: tuple[Chunk, ...]
+    captured: SlotRows | None = None
     copies: dict[torch.device, FlatInputs] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> FlatInputs:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,22 +18,12 @@ from engine.kv.pool import CrossOp, StorageOp
 from engine.model.chosen_ids import ChosenIds
 from engine.model.paged_inputs import PagedInputs, PagedLayout, lay_out
 from engine.model.paged_step import PagedStep
-from engine.model.runner import FlatModel, StepLogits, StepProgram
+from engine.model.runner import CapturedSteps, FlatModel, StepLogits, StepProgram
 from engine.scheduler import Batch
 from engine.sequence import Sequence
 
 if TYPE_CHECKING:
     from engine.model.paged_step import PagedAttention
-
-
-class CapturedSteps(Protocol):
-    """What may compute a step in the program's place; graphs/steps.py has them."""
-
-    def run(self, layout: PagedLayout, input_ids: torch.Tensor | None = None) -> torch.Tensor | None:
-        """Logits [R, V], good until the next step; None where the program is to compute it.
-
-        `input_ids`, int64 [1, T] on the device, stand in the place of the layout's where they are given.
-        """
 
 
 class PagedRunner:
@@ -63,7 +53,7 @@ class PagedRunner:
         self.attention = attention
         self.device = device
         self.program: StepProgram = FlatModel(model)
-        self.captured: CapturedSteps | None = None
+        self.captured: CapturedSteps[PagedLayout] | None = None
 
     def apply(self, ops: Iterable[StorageOp]) -> None:
         """Resize storage as the accounting decided."""
@@ -77,7 +67,9 @@ class PagedRunner:
         """
         layout = lay_out(batch, self.table_of)
         input_ids = None if chosen_ids is None else chosen_ids.inputs_for(layout.items)
-        logits = None if self.captured is None else self.captured.run(layout, input_ids)
+        logits = None
+        if self.captured is not None and layout.is_decode:
+            logits = self.captured.run(layout, input_ids)
         if logits is None:
             inputs = layout.to(self.device)
             logits = self.run(inputs if input_ids is None else replace(inputs, input_ids=input_ids))

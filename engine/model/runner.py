@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -80,6 +80,19 @@ class StepProgram(Protocol):
 
     def run(self, step: Step) -> torch.Tensor:
         """Logits [R, V] of the tokens that inputs.logit_rows names; slots or pages gain the tokens' K and V."""
+
+
+LayoutT_contra = TypeVar("LayoutT_contra", contravariant=True)
+
+
+class CapturedSteps(Protocol[LayoutT_contra]):
+    """What may compute a decode step in the program's place; graphs/steps.py has them."""
+
+    def run(self, layout: LayoutT_contra, input_ids: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Logits [R, V], good until the next step; None where the program is to compute it.
+
+        `input_ids`, int64 [1, T] on the device, stand in the place of the layout's where they are given.
+        """
 
 
 class FlatModel:

@@ -20,7 +20,8 @@ from engine.model.cross_attention import CrossStep, build_cross
 from engine.model.encoder import Encoder
 from engine.model.flat_decoder import FlatDecoder
 from engine.model.inputs import build_inputs
-from engine.model.runner import StepLogits, StepProgram
+from engine.model.runner import CapturedSteps, StepLogits, StepProgram
+from engine.model.slot_rows import SlotLayout, lay_out_rows
 from engine.model.step import FlatStep
 from engine.scheduler import Batch
 from engine.sequence import Sequence, Source
@@ -67,6 +68,7 @@ class Seq2SeqRunner:
         self.cross = cross
         self.alignment_heads = alignment_heads
         self.device = device
+        self.captured: CapturedSteps[SlotLayout] | None = None
 
     def apply(self, ops: Iterable[StorageOp]) -> None:
         """Resize and copy both storages as the accounting decided."""
@@ -80,9 +82,15 @@ class Seq2SeqRunner:
         """Encode what is new and compute the batch's tokens.
 
         Returns:
-            Logits [R, V] in the model's dtype. Aligning sequences gain their weights.
+            Logits [R, V] in the model's dtype, good until the next forward. Aligning sequences gain their weights.
         """
         self._encode(self.cross.to_encode([item.sequence for item in batch.items]))
+        layout = None if self.captured is None else lay_out_rows(batch, self.slot_of, self.cross.slot_of)
+        if self.captured is not None and layout is not None:
+            input_ids = None if chosen_ids is None else chosen_ids.inputs_for(layout.items)
+            logits = self.captured.run(layout, input_ids)
+            if logits is not None:
+                return StepLogits(layout.items, logits)
         inputs = build_inputs(batch, self.slot_of, self.storage, self.device)
         if chosen_ids is not None:
             inputs = replace(inputs, input_ids=chosen_ids.inputs_for(inputs.items))

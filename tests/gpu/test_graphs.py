@@ -21,7 +21,6 @@ from engine.graphs.recorder import Compute, CudaRecorder
 from engine.graphs.steps import GraphedSteps
 from engine.kv.prefix import BLOCK_SIZE
 from engine.model.loader import describe
-from engine.model.paged_inputs import PagedLayout
 from engine.model.paged_runner import PagedRunner
 from tests import zoo
 from tests.engine.harness import drive, greedy, tiny_model, tokens
@@ -143,8 +142,7 @@ def test_a_replay_allocates_nothing_and_copies_tokens_that_only_the_device_knows
     engine = _captured(_engine("llama", tmp_path))
     graphs = engine.compiled
     assert isinstance(graphs, GraphedSteps)
-    with torch.inference_mode():
-        layout: PagedLayout = graphs._scene.trial(3)
+    with torch.inference_mode(), graphs._scene.trial(3) as layout:
         first = graphs.run(layout)
         assert first is not None and first.shape == (3, engine.sampler.vocab_size)
         first = first.clone()

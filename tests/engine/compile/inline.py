@@ -12,6 +12,7 @@ from collections.abc import Sequence as Series
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from engine.compile.compiler import Compiler, Package
@@ -41,6 +42,31 @@ def quick(program: StepProgram | CompiledCode, step: Step) -> float:
     """Compiled code is always the faster."""
     program.run(step)
     return 0.5 if isinstance(program, CompiledCode) else 1.0
+
+
+def compile_here(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Have whatever engine is built compile at once, in this process; gains the rows of each call of compiled code."""
+    calls: list[int] = []
+
+    def load(steps: CompiledSteps, package: Package) -> Call:
+        graph = trace_step(steps._compiler._skeleton, package.size).module()
+
+        def call(values: list[torch.Tensor]) -> Any:
+            calls.append(values[-1].shape[1])
+            return graph(values[:-2], values[-2], values[-1])
+
+        return call
+
+    init = CompiledSteps.__init__
+
+    def with_load(steps: CompiledSteps, *args: Any, **kwargs: Any) -> None:
+        init(steps, *args, **kwargs)
+        steps._load = lambda package: load(steps, package)
+
+    monkeypatch.setattr("engine.compile.steps.Compiler", InlineCompiler)
+    monkeypatch.setattr("engine.compile.steps._time", quick)
+    monkeypatch.setattr(CompiledSteps, "__init__", with_load)
+    return calls
 
 
 def compile_inline(

@@ -27,7 +27,7 @@ from engine.sampling.sampler import Sampler
 from engine.scheduler import Batch, ScheduledSequence
 from engine.sequence import SamplingParams, Sequence
 from tests import zoo
-from tests.engine.compile.inline import InlineCompiler
+from tests.engine.compile.inline import compile_here
 from tests.engine.graphs.twin import NotCapturable, StaleReplay, Stopwatch, TwinRecorder
 from tests.engine.harness import drive, greedy, reference, tiny_model, tokens
 
@@ -256,32 +256,8 @@ def test_a_cpu_captures_nothing() -> None:
 def test_graphs_are_captured_again_around_compiled_code(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from engine.compile import steps as compiled_steps
-    from engine.compile.compiler import Package
-    from engine.compile.tracing import trace_step
-    from tests.engine.compile.inline import quick
-
     caplog.set_level("INFO")
-    monkeypatch.setattr(compiled_steps, "Compiler", InlineCompiler)
-    monkeypatch.setattr(compiled_steps, "_time", quick)
-    calls: list[int] = []
-
-    def load(self: Any, package: Package) -> Any:
-        graph = trace_step(self._compiler._skeleton, package.size).module()
-
-        def call(values: list[torch.Tensor]) -> Any:
-            calls.append(values[-1].shape[1])
-            return graph(values[:-2], values[-2], values[-1])
-
-        return call
-
-    init = compiled_steps.CompiledSteps.__init__
-
-    def with_load(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        self._load = lambda package: load(self, package)
-
-    monkeypatch.setattr(compiled_steps.CompiledSteps, "__init__", with_load)
+    calls = compile_here(monkeypatch)
     recorder = TwinRecorder()
     engine = captured(graphed(name, recorder, tmp_path, sizes=(1, 4)))
     assert recorder.sizes == [4, 1, 1, 4]
