@@ -1,12 +1,13 @@
-"""Slots whose content may be wrong are cleared before anyone else gets them."""
+"""Slots whose content may be wrong are cleared before anyone else gets them; fixed ones stay where they are."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from engine.kv.cross import CrossManager
 from engine.kv.manager import KVManager
-from engine.kv.pool import SlotPool
+from engine.kv.pool import ResizeArena, SlotPool
 from engine.kv.slots import LayerShape, SlotStorage
 from engine.sequence import SamplingParams, Sequence, Source
 
@@ -55,3 +56,19 @@ def test_an_encoders_slot_is_cleared_when_it_may_not_be_kept() -> None:
     storage.apply(manager.take_ops())
     assert _is_finite(storage, slot.capacity, slot.index)
     manager.check_integrity()
+
+
+def test_fixed_slots_are_emptied_where_they_are_and_others_are_refused() -> None:
+    pool = SlotPool((16,), 3, 48, is_static=True)
+    storage = SlotStorage(SHAPES, torch.device("cpu"), ResizeArena(16, (), 4))
+    storage.apply(pool.preallocate())
+    arena = storage.arenas[16]
+    addresses = [tensor.data_ptr() for tensor in (*arena.keys, *arena.values)]
+    _spoil(storage)
+    storage.clear()
+    storage.apply(pool.remake())
+    assert storage.arenas[16] is arena and all(_is_finite(storage, 16, index) for index in range(4))
+    assert [tensor.data_ptr() for tensor in (*arena.keys, *arena.values)] == addresses
+    for op in (ResizeArena(16, (), 5), ResizeArena(32, (), 1)):
+        with pytest.raises(ValueError, match="are not among"):
+            storage.apply([op])
