@@ -129,14 +129,14 @@ def test_as_many_encoder_decoder_sequences_fit_as_the_engine_s_two_pools_hand_ou
     config = EngineConfig(max_num_seqs=100, max_batch_tokens=100, max_model_len=max_model_len, kv_budget_bytes=budget)
     stores = [Store("decoder", per_token, max_model_len), Store("encoder", per_position, max_source_len)]
     try:
-        pools = _pools(config, stores)
+        pools = _pools(config, stores, is_static=False)
     except ValueError:
         assert not plan.fits
         return
     assert plan.fits
     assert (plan.longest, plan.longest_source) == tuple(pool.capacities[-1] for pool in pools)
     for length in plan.lengths:
-        pools = _pools(config, stores)
+        pools = _pools(config, stores, is_static=False)
         ops: list[SlotOp] = []
         num_slots = 0
         while num_slots < 200 and all(
