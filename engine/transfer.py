@@ -39,10 +39,12 @@ class Download:
     def __init__(self, tensors: Series[Tensor]) -> None:
         self._tensors = list(tensors)
         self._arrival: torch.cuda.Event | None = None
-        if any(tensor.is_cuda for tensor in self._tensors):
+        if self._tensors and self._tensors[0].is_cuda:
+            # The device that the tensors are on need not be the current one.
+            stream = torch.cuda.current_stream(self._tensors[0].device)
             self._tensors = [_to_pinned(tensor) for tensor in self._tensors]
             self._arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrival.record()
+            self._arrival.record(stream)
 
     def wait(self) -> list[Tensor]:
         """Return the tensors on the host, in order; blocks until the device has computed them, and no longer."""
