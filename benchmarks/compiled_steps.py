@@ -11,8 +11,10 @@ import logging
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from benchmarks.models import SHAPES, write_checkpoint
 from benchmarks.offline import run
@@ -35,6 +37,20 @@ def wait_for(engine: Engine, compiled: CompiledSteps, num_tried: int) -> None:
             time.sleep(0.05)
 
 
+@torch.inference_mode()
+def time_plain(model: Any, num_rows: int, num_prompt_tokens: int, num_new_tokens: int) -> list[float]:
+    """Milliseconds of each step of transformers' own model with its own cache, as generate() feeds it."""
+    ids = torch.randint(3, model.config.vocab_size, (num_rows, num_prompt_tokens))
+    output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    times = []
+    for _ in range(num_new_tokens - 1):
+        started_s = time.perf_counter()
+        ids = output.logits[:, -1].argmax(-1, keepdim=True)
+        output = model(input_ids=ids, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
+        times.append((time.perf_counter() - started_s) * 1e3)
+    return times
+
+
 def main() -> None:
     """Compile, then time both kinds of steps in turn."""
     parser = argparse.ArgumentParser(description="Time decode steps, eager and compiled, in turn.")
@@ -45,6 +61,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--plain", action="store_true", help="time transformers' own model too")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--int4", action="store_true", help="int4 weights, as with --hqq True")
     parser.add_argument("--int4-cache", type=Path, default=Path("build/int4"), help="where int4 weights are kept")
@@ -70,16 +87,21 @@ def main() -> None:
     compiled, runner = engine.compiled, engine.runner
     assert isinstance(compiled, CompiledSteps) and isinstance(runner, FlatRunner)
     wait_for(engine, compiled, len(sizes))
+    plain = AutoModelForCausalLM.from_pretrained(directory, dtype=arguments.dtype) if arguments.plain else None
+    words = ""
     for num_clients in sizes:
         times: dict[str, list[float]] = {"eager": [], "compiled": []}
         for _ in range(arguments.rounds):
             for name, program in (("eager", compiled.program), ("compiled", compiled), ("eager", compiled.program)):
                 runner.program = program
                 times[name] += run(engine, num_clients, 32, arguments.new_tokens, loaded.vocab_size).decode_ms
+        if plain is not None:
+            plain_ms = percentile(time_plain(plain, num_clients, 32, arguments.new_tokens), 0.5)
+            words = f", transformers' own {plain_ms:.1f} ms"
         eager, fast = (percentile(times[name], 0.5) for name in ("eager", "compiled"))
         sys.stdout.write(
             f"{arguments.shape}, {num_clients} clients, buckets {compiled.sizes}: eager {eager:.1f} ms, "
-            f"compiled {fast:.1f} ms, {eager / fast:.2f} times\n"
+            f"compiled {fast:.1f} ms, {eager / fast:.2f} times{words}\n"
         )
     engine.close()
 
