@@ -34,6 +34,7 @@ async def health(parts: UsesParts) -> Response:
         body |= {"lane": info.lane, "lane_reason": info.lane_reason, "kv_layout": info.kv_layout} | _placement(info)
         if parts.settings.torch_compile:
             body["compiled_batch_sizes"] = list(manager.stats.compiled_batch_sizes)
+            body["compiled_encoder_batch_sizes"] = list(manager.stats.compiled_encoder_batch_sizes)
             body["graph_batch_sizes"] = list(manager.stats.graph_batch_sizes)
     return JSONResponse(body, 503 if status in ("dead", "stalled") else 200)
 

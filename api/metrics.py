@@ -161,6 +161,11 @@ class _EngineCollector(Collector):
             ("num_requests_running", "Sequences in the engine's steps", stats.num_running),
             ("num_requests_waiting", "Sequences waiting for their first step", stats.num_waiting),
             ("num_compiled_batch_sizes", "Sizes of steps that are compiled", len(stats.compiled_batch_sizes)),
+            (
+                "num_compiled_encoder_batch_sizes",
+                "Numbers of sources that a compiled encoder takes",
+                len(stats.compiled_encoder_batch_sizes),
+            ),
             ("num_graph_batch_sizes", "Sizes of steps that are CUDA graphs", len(stats.graph_batch_sizes)),
             ("kv_cache_usage_ratio", "Share of the KV budget that is allocated", stats.kv_cache_usage_ratio),
             ("num_audio_windows", "Windows of audio that are being written down", self._manager.num_audio_windows),

@@ -12,6 +12,8 @@ from dataclasses import replace
 import torch
 
 from engine.build_paged import build_paged
+from engine.compile.encoder import CompiledEncoder, compile_encoder
+from engine.compile.skeleton import SourceShape
 from engine.compile.steps import bucket_sizes, compile_steps
 from engine.compile.trial import TrialSetting
 from engine.config import EngineConfig
@@ -26,6 +28,7 @@ from engine.kv.manager import KVManager
 from engine.kv.pool import CrossOp, ResizeArena, SlotPool, size_classes
 from engine.kv.slots import LayerShape, SlotStorage, bytes_by_device
 from engine.kv.states import StateManager
+from engine.model.encoder import PlainEncoder
 from engine.model.loader import LoadedModel, Progress
 from engine.model.paged_attention import kernel_for
 from engine.model.runner import FlatRunner, SoloRunner
@@ -144,7 +147,28 @@ def _build_seq2seq(loaded: LoadedModel, config: EngineConfig, parts: Seq2SeqPart
     if pool.is_static:
         runner.apply([*pool.preallocate(), *map(CrossOp, cross_pool.preallocate())])
     compiled = _prepare_seq2seq(config, loaded, parts, runner, recorder)
-    return Engine(config, Lane("seq2seq", parts.reason, per_token), runner, kv, sampler, compiled)
+    encoder = _prepare_encoder(config, loaded, parts, compiled)
+    return Engine(config, Lane("seq2seq", parts.reason, per_token), runner, kv, sampler, compiled, encoder)
+
+
+def _prepare_encoder(
+    config: EngineConfig, loaded: LoadedModel, parts: Seq2SeqParts, steps: Preparation | None
+) -> CompiledEncoder | None:
+    """What compiles the encoder when the steps are done with, where that is wanted."""
+    if config.compile is None or not config.compile.has_code:
+        return None
+    program, device = PlainEncoder(loaded.model.get_encoder()), str(loaded.device)
+    if loaded.family == "speech":
+        model_config = loaded.model.config
+        shape = (model_config.num_mel_bins, 2 * model_config.max_source_positions)
+        source = SourceShape(shape, loaded.dtype, device)
+    else:
+        source = SourceShape((), torch.int64, device, config.max_source_len, loaded.vocab_size)
+    num_steps = len(config.compile.sizes or bucket_sizes(config.max_num_seqs))
+    parts.encoder.program = compiled = compile_encoder(
+        program, source, config.compile, config.max_num_seqs, lambda: steps is None or steps.num_decided >= num_steps
+    )
+    return compiled
 
 
 def _prepare_seq2seq(

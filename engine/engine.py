@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from engine.compile.encoder import CompiledEncoder
 from engine.config import EngineConfig
 from engine.errors import ServerError, StepFailed
 from engine.flight import Flight, Landing, take_off
@@ -55,6 +56,7 @@ class Engine:
         kv: the accounting of its memory.
         sampler: chooses tokens from logits.
         compiled: makes the runner's steps faster behind, by compiling or capturing them, where that is wanted.
+        compiled_encoder: makes its encoder faster behind, likewise.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Engine:
         kv: KVAccounting,
         sampler: Sampler,
         compiled: Preparation | None = None,
+        compiled_encoder: CompiledEncoder | None = None,
     ) -> None:
         self.config = config
         self.lane = lane
@@ -72,6 +75,7 @@ class Engine:
         self.kv = kv
         self.sampler = sampler
         self.compiled = compiled
+        self.compiled_encoder = compiled_encoder
         self.profiler = None if config.profile_directory is None else StepProfiler(config.profile_directory)
         self.pacing = Pacing()
         self.scheduler = Scheduler(config, kv, self.pacing)
@@ -105,12 +109,12 @@ class Engine:
     def has_work(self) -> bool:
         """Whether step() has anything to do."""
         has_sequences = bool(self.scheduler.waiting or self.scheduler.running)
-        return has_sequences or self._flight is not None or (self.compiled is not None and self.compiled.has_work())
+        return has_sequences or self._flight is not None or any(part.has_work() for part in self._prepared())
 
     def wake_with(self, wake: Callable[[], None]) -> None:
         """Call `wake`, on any thread, when has_work becomes true by itself."""
-        if self.compiled is not None:
-            self.compiled.wake_with(wake)
+        for part in self._prepared():
+            part.wake_with(wake)
 
     @torch.inference_mode()
     def step(self) -> list[SequenceOutput]:
@@ -118,8 +122,8 @@ class Engine:
 
         A fault of one row ends that sequence, a fault of the forward ends the batch's; the engine lives through both.
         """
-        if self.compiled is not None:
-            self.compiled.advance()
+        for part in self._prepared():
+            part.advance()
         outputs = self.scheduler.expire()
         batch = self.scheduler.schedule() if self._flight is None else self._flight.batch
         with self._profiled(batch):
@@ -145,6 +149,7 @@ class Engine:
             step_tokens_total=self._step_tokens_total,
             last_step_tokens=self._last_step_tokens,
             compiled_batch_sizes=() if self.compiled is None else self.compiled.sizes,
+            compiled_encoder_batch_sizes=() if self.compiled_encoder is None else self.compiled_encoder.sizes,
             graph_batch_sizes=() if self.compiled is None else self.compiled.graph_sizes,
         )
 
@@ -170,8 +175,11 @@ class Engine:
             self.scheduler.finish(sequence, can_keep=False)
             self._forget(sequence)
         self.runner.reset()
-        if self.compiled is not None:
-            self.compiled.close()
+        for part in self._prepared():
+            part.close()
+
+    def _prepared(self) -> list[Preparation | CompiledEncoder]:
+        return [part for part in (self.compiled, self.compiled_encoder) if part is not None]
 
     def _profiled(self, batch: Batch) -> AbstractContextManager[None]:
         return nullcontext() if self.profiler is None or not batch.items else self.profiler.step(batch.kind)

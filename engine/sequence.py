@@ -315,6 +315,7 @@ class EngineStats:
     step_tokens_total: int = 0
     last_step_tokens: int = 0
     compiled_batch_sizes: tuple[int, ...] = ()
+    compiled_encoder_batch_sizes: tuple[int, ...] = ()
     graph_batch_sizes: tuple[int, ...] = ()
 
     @property

@@ -32,6 +32,7 @@ from engine.model.packed_linear import PackedWeight
 _NAMES_IN_CONFIG = ("_name_or_path", "name_or_path", "transformers_version", "architectures")
 
 
+MIN_TEXT_LENGTH = 2
 _ENGINE = Path(__file__).parent.parent
 
 
@@ -46,6 +47,31 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class SourceShape:
+    """What an encoder is given of one source.
+
+    Args:
+        shape: [F, T] of a spectrogram; empty for texts, which are token ids and a mask.
+        dtype: of it.
+        device: where it is.
+        max_length: of a text; None for spectrograms.
+        vocab_size: of a text; 0 for spectrograms.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+    max_length: int | None = None
+    vocab_size: int = 0
+
+    def takes(self, values: torch.Tensor) -> bool:
+        """Whether code made for this takes a batch [B, F, T] or [B, L]; a text of one token has a graph of its own."""
+        if self.max_length is None:
+            return tuple(values.shape[1:]) == self.shape
+        return MIN_TEXT_LENGTH <= values.shape[1] <= self.max_length
+
+
+@dataclass(frozen=True, slots=True)
 class Skeleton:
     """An object without the tensors it holds.
 
@@ -54,12 +80,14 @@ class Skeleton:
         specs: of its tensors, in the order of their numbers.
         fingerprint: the same for all that compile to the same code.
         is_native: whether the process that runs the code has our own kernels.
+        source: what an encoder is given; None where the object is a step.
     """
 
     data: bytes
     specs: tuple[TensorSpec, ...]
     fingerprint: str
     is_native: bool = False
+    source: SourceShape | None = None
 
 
 class _Writer(pickle.Pickler):
@@ -97,7 +125,7 @@ class _Reader(pickle.Unpickler):
 
 
 def take_skeleton(
-    program: Any, model: torch.nn.Module, *, is_native: bool = False
+    program: Any, model: torch.nn.Module, *, is_native: bool = False, source: SourceShape | None = None
 ) -> tuple[Skeleton, list[torch.Tensor]]:
     """What `program`, which runs `model`, is without its tensors, and the tensors.
 
@@ -109,7 +137,8 @@ def take_skeleton(
     writer.dump(program)
     specs = tuple(_spec(tensor) for tensor in writer.tensors)
     data = file.getvalue()
-    return Skeleton(data, specs, _fingerprint(model, specs, is_native), is_native), writer.tensors
+    fingerprint = _fingerprint(model, specs, (is_native, source))
+    return Skeleton(data, specs, fingerprint, is_native, source), writer.tensors
 
 
 def put_on(skeleton: bytes, tensors: Series[torch.Tensor]) -> Any:
@@ -124,7 +153,7 @@ def _spec(tensor: torch.Tensor) -> TensorSpec:
     return TensorSpec(shape, tuple(stride), tensor.dtype, str(tensor.device))
 
 
-def _fingerprint(model: torch.nn.Module, specs: Series[TensorSpec], is_native: bool) -> str:
+def _fingerprint(model: torch.nn.Module, specs: Series[TensorSpec], more: tuple[object, ...]) -> str:
     """Not of the bytes: the order of a set differs from process to process."""
     config = getattr(model, "config", None)
     values = {} if config is None else {k: v for k, v in config.to_dict().items() if k not in _NAMES_IN_CONFIG}
@@ -132,7 +161,7 @@ def _fingerprint(model: torch.nn.Module, specs: Series[TensorSpec], is_native: b
         repr(model),
         json.dumps(values, sort_keys=True, default=str),
         repr(specs),
-        repr(is_native),
+        repr(more),
         _source(type(model)),
         *(_hash_of_file(path) for path in sorted(_ENGINE.rglob("*.py"))),
         *(_hash_of_file(path) for path in sorted(_ENGINE.rglob("*.cpp"))),

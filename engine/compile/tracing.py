@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface
 
-from engine.compile.skeleton import Skeleton, TensorSpec, put_on
+from engine.compile.skeleton import MIN_TEXT_LENGTH, Skeleton, SourceShape, TensorSpec, put_on
 from engine.kv.slots import SlotStorage
-from engine.model import operators
+from engine.model import encoder_attention, operators
 from engine.model.attention import NAME, NotFlat, flat_attention
 from engine.model.cross_attention import CrossStep
+from engine.model.encoder import EncoderInputs
 from engine.model.inputs import FlatInputs
 from engine.model.int4.linear import Int4Linear
 from engine.model.int4.native import NativeInt4
@@ -28,7 +29,38 @@ from engine.model.packed_linear import PackedLinear
 from engine.model.relative_bias import is_relative
 from engine.model.step import FlatStep
 
+_TRACED_LENGTH = 24  # of a text; the graph takes others too
+
 _ops = getattr(torch.ops, operators.NAMESPACE)
+
+
+def trace(skeleton: Skeleton, size: int) -> torch.export.ExportedProgram:
+    """The graph of a step of `size` rows, or of an encoder of `size` sources.
+
+    Raises:
+        Exception: whatever a model's code raises that cannot be traced (a branch on a value, an unknown operator).
+    """
+    return trace_step(skeleton, size) if skeleton.source is None else trace_encoder(skeleton, skeleton.source, size)
+
+
+def trace_encoder(skeleton: Skeleton, source: SourceShape, num_sources: int) -> torch.export.ExportedProgram:
+    """The graph of (tensors, spectrograms [B, F, T]) or (tensors, ids [B, L], mask [B, L]) -> output [B, L, D].
+
+    Raises:
+        Exception: as trace.
+    """
+    is_text = source.max_length is not None
+    with FakeTensorMode():
+        tensors = [_fake(spec) for spec in skeleton.specs]
+        shape = (num_sources, _TRACED_LENGTH) if is_text else (num_sources, *source.shape)
+        inputs = [torch.ones(shape, dtype=source.dtype, device=source.device) for _ in range(2 if is_text else 1)]
+    dynamic: Any = None
+    if is_text:
+        length = torch.export.Dim("length", min=MIN_TEXT_LENGTH, max=source.max_length)
+        dynamic = ([{} for _ in tensors], ({1: length}, {1: length}))
+    with torch.no_grad():
+        program = torch.export.export(_Encoder(skeleton), (tensors, *inputs), dynamic_shapes=dynamic, strict=False)
+    return _whole(program)
 
 
 def trace_step(skeleton: Skeleton, num_rows: int) -> torch.export.ExportedProgram:
@@ -43,6 +75,11 @@ def trace_step(skeleton: Skeleton, num_rows: int) -> torch.export.ExportedProgra
         ids, positions = (torch.zeros((1, num_rows), dtype=torch.int64, device=device) for _ in range(2))
     with torch.no_grad():
         program = torch.export.export(_Step(skeleton, device), (tensors, ids, positions), strict=False)
+    return _whole(program)
+
+
+def _whole(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program, which has to get every tensor from outside."""
     if program.constants or program.state_dict:
         raise RuntimeError(f"{len(program.constants) + len(program.state_dict)} tensors of the model were not found")
     return program
@@ -62,10 +99,7 @@ class _Step(nn.Module):
 
     def forward(self, tensors: list[Tensor], input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor]:
         program = put_on(self._skeleton.data, tensors)
-        for module in program.model.modules():
-            forward = _forward_in_graph(module)
-            if forward is not None:
-                module.forward = forward
+        _prepare(program.model)
         marker = getattr(program, "marker", None)
         AttentionInterface.register(NAME, _Attention(marker, is_native=self._skeleton.is_native))
         rows = torch.arange(input_ids.shape[1], device=self._device)
@@ -76,6 +110,46 @@ class _Step(nn.Module):
         finally:
             AttentionInterface.register(NAME, flat_attention)
         return (logits,)
+
+
+class _Encoder(nn.Module):
+    """The encoder whose skeleton this is."""
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        super().__init__()
+        self._skeleton = skeleton
+
+    def forward(self, tensors: list[Tensor], *inputs: Tensor) -> tuple[Tensor]:
+        program = put_on(self._skeleton.data, tensors)
+        _prepare(program.model)
+        AttentionInterface.register(encoder_attention.NAME, _attend_whole)
+        try:
+            return (program.run(EncoderInputs(inputs[0], inputs[1] if len(inputs) > 1 else None)),)
+        finally:
+            AttentionInterface.register(encoder_attention.NAME, encoder_attention.encoder_attention)
+
+
+def _attend_whole(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As encoder_attention, which is hundreds of products and takes so long that a way through Python is nothing."""
+    if attention_mask is not None:
+        raise NotImplementedError("a speech encoder has no mask")
+    return _ops.attend_whole(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+
+
+def _prepare(model: nn.Module) -> None:
+    """Put operators in the place of what a graph cannot hold."""
+    for module in model.modules():
+        forward = _forward_in_graph(module)
+        if forward is not None:
+            module.forward = forward
 
 
 def _forward_in_graph(module: nn.Module) -> Callable[[Tensor], Tensor] | None:

@@ -111,10 +111,10 @@ def _compile(job: Job, size: int) -> Path:
     """The package of one graph, complete or not there."""
     import torch
 
-    from engine.compile.tracing import trace_step
+    from engine.compile.tracing import trace
 
     torch.set_num_threads(job.num_threads)
-    program = trace_step(job.skeleton, size)
+    program = trace(job.skeleton, size)
     options: dict[str, Any] = {
         "max_autotune": job.is_autotuned,
         "compile_threads": 1,

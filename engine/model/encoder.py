@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
@@ -17,6 +18,46 @@ from transformers.modeling_outputs import BaseModelOutput
 from engine.sequence import Source
 
 LayerKV = tuple[torch.Tensor, torch.Tensor]  # [B, Hkv, L, Dk], [B, Hkv, L, Dv]
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderInputs:
+    """A batch of sources.
+
+    Args:
+        values: token ids int64 [B, L], or spectrograms [B, F, T] of the model's dtype.
+        mask: int64 [B, L], 0 where there is padding; None for spectrograms, which have none.
+    """
+
+    values: torch.Tensor
+    mask: torch.Tensor | None
+
+
+class EncoderProgram(Protocol):
+    """What computes an encoder's output: the model itself, or compiled code in its place."""
+
+    def run(self, inputs: EncoderInputs, /) -> torch.Tensor:
+        """The output [B, L, D]."""
+
+
+class PlainEncoder:
+    """The model's own encoder.
+
+    Args:
+        model: the encoder alone.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def run(self, inputs: EncoderInputs, /) -> torch.Tensor:
+        """As EncoderProgram.run."""
+        if inputs.mask is None:
+            output = self.model(inputs.values)
+        else:
+            output = self.model(input_ids=inputs.values, attention_mask=inputs.mask)
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden
 
 
 class Encoder:
@@ -30,6 +71,7 @@ class Encoder:
 
     def __init__(self, model: Any, device: torch.device, plain: Callable[[], AbstractContextManager[None]]) -> None:
         self._model = model
+        self.program: EncoderProgram = PlainEncoder(model.get_encoder())
         self._device = device
         self._plain = plain
         self._pad_id = int(getattr(model.config, "pad_token_id", None) or 0)
@@ -42,11 +84,9 @@ class Encoder:
         Returns:
             Its output [B, L, D], and the mask of the padding int64 [B, L], None where nothing is padded.
         """
-        encoder = self._model.get_encoder()
         if sources[0].token_ids is None:
             features = torch.stack([torch.from_numpy(source.features) for source in sources])
-            output = encoder(features.to(self._device, self._model.dtype))
-            return output.last_hidden_state, None
+            return self.program.run(EncoderInputs(features.to(self._device, self._model.dtype), None)), None
         length = max(source.num_positions for source in sources)
         ids = torch.full((len(sources), length), self._pad_id, dtype=torch.int64)
         mask = torch.zeros_like(ids)
@@ -55,8 +95,8 @@ class Encoder:
             ids[row, : source.num_positions] = torch.tensor(source.token_ids)
             mask[row, : source.num_positions] = 1
         mask = mask.to(self._device)
-        output = encoder(input_ids=ids.to(self._device), attention_mask=mask)
-        return output.last_hidden_state, None if bool(mask.all()) else mask
+        hidden = self.program.run(EncoderInputs(ids.to(self._device), mask))
+        return hidden, None if bool(mask.all()) else mask
 
     def project(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> list[LayerKV]:
         """The decoder's K and V of the encoder's output, layer by layer, as the model itself makes them.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engine.model.attention import AttentionCall, attend, attend_flat
 from engine.model.cross_attention import attend_cross
+from engine.model.encoder_attention import encoder_attention
 from engine.model.int4 import native  # registers the operator of int4 weights
 from engine.model.native_kernels import PACKED_UNIT, SHIMS
 from engine.model.paged_step import PagedStep
@@ -40,6 +41,7 @@ _library.define(  # type: ignore[no-untyped-call]
     "attend_slots(Tensor query, Tensor key, Tensor value, Tensor? sinks, int layer, float scaling, int window, "
     "float softcap) -> Tensor"
 )
+_library.define("attend_whole(Tensor query, Tensor key, Tensor value, float scaling) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("packed_rows(Tensor x, Tensor words, Tensor? bias, int num_outputs) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("plain_rows(Tensor x, Tensor weight) -> Tensor")  # type: ignore[no-untyped-call]
 
@@ -126,6 +128,11 @@ def _attend_slots(
     return _attend(query, key, value, layer, scaling, window or None, softcap or None, sinks, None)
 
 
+def _attend_whole(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Attention of [B, H, L, D] over itself, without a mask: [B, L, H, D]."""
+    return encoder_attention(torch.nn.Identity(), query, key, value, None, scaling)[0].contiguous()
+
+
 def _packed_rows(x: Tensor, words: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
     """A linear layer whose weight is packed, from the packed memory: [..., in] -> [..., out]."""
     weight = words.transpose(1, 2).reshape(words.shape[0] * PACKED_UNIT, -1)
@@ -149,6 +156,10 @@ def _packed_linear_shape(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tens
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
+def _attend_whole_shape(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    return query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3]))
+
+
 def _packed_rows_shape(x: Tensor, words: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], num_outputs))
 
@@ -162,6 +173,7 @@ for _name, _function, _shape in (
     ("attend_cross", _attend_cross, _attend_cross_shape),
     ("packed_linear", _packed_linear, _packed_linear_shape),
     ("attend_slots", _attend_slots, _attend_shape),
+    ("attend_whole", _attend_whole, _attend_whole_shape),
     ("packed_rows", _packed_rows, _packed_rows_shape),
     ("plain_rows", _plain_rows, _plain_rows_shape),
 ):

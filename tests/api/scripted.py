@@ -148,6 +148,7 @@ class ScriptedEngine:
             steps_total=self.num_steps,
             step_tokens_total=self.num_tokens,
             compiled_batch_sizes=(1, 4),
+            compiled_encoder_batch_sizes=(1,),
             graph_batch_sizes=(8,),
         )
 

@@ -117,6 +117,8 @@ def test_health_and_metrics_show_what_is_compiled_and_captured(harness: MakeHarn
             assert (health["compiled_batch_sizes"], health["graph_batch_sizes"]) == ([1, 4], [8])
             metrics = (await h.client.get("/metrics")).text
             assert "transformers_openai:num_compiled_batch_sizes 2.0" in metrics
+            assert health["compiled_encoder_batch_sizes"] == [1]
+            assert "transformers_openai:num_compiled_encoder_batch_sizes 1.0" in metrics
             assert "transformers_openai:num_graph_batch_sizes 1.0" in metrics
         async with harness() as h:
             assert "compiled_batch_sizes" not in (await h.client.get("/health")).json()

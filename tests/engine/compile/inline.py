@@ -16,17 +16,18 @@ import pytest
 import torch
 
 from engine.compile.compiler import Compiler, Package
+from engine.compile.encoder import CompiledEncoder, EncoderCode
 from engine.compile.paged_trial import PagedTrialSetting
 from engine.compile.skeleton import take_skeleton
-from engine.compile.steps import Call, CompiledCode, CompiledSteps
-from engine.compile.tracing import trace_step
+from engine.compile.steps import CompiledCode, CompiledSteps
+from engine.compile.tracing import trace
 from engine.compile.trial import Trials, TrialSetting
+from engine.compile.tried import Call, Runs, TriedCode
 from engine.engine import Engine
 from engine.model.native_step import kernels_of
 from engine.model.paged_runner import PagedRunner
-from engine.model.runner import FlatRunner, StepProgram
+from engine.model.runner import FlatRunner
 from engine.model.seq2seq import Seq2SeqRunner
-from engine.model.step import Step
 
 
 class InlineCompiler(Compiler):
@@ -38,10 +39,22 @@ class InlineCompiler(Compiler):
             self._report(Package(size, self.directory / str(size), None))
 
 
-def quick(program: StepProgram | CompiledCode, step: Step) -> float:
+def quick(program: Runs[Any], given: Any) -> float:
     """Compiled code is always the faster."""
-    program.run(step)
-    return 0.5 if isinstance(program, CompiledCode) else 1.0
+    program.run(given)
+    return 0.5 if isinstance(program, CompiledCode | EncoderCode) else 1.0
+
+
+def load_inline(tried: TriedCode[Any, Any], package: Package) -> Call:
+    """The traced graph of a package."""
+    skeleton = tried._compiler._skeleton
+    graph, num_tensors = trace(skeleton, package.size).module(), len(skeleton.specs)
+
+    def call(values: list[torch.Tensor]) -> Series[torch.Tensor]:
+        found: Series[torch.Tensor] = graph(values[:num_tensors], *values[num_tensors:])
+        return found
+
+    return call
 
 
 def compile_here(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -49,11 +62,11 @@ def compile_here(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
 
     def load(steps: CompiledSteps, package: Package) -> Call:
-        graph = trace_step(steps._compiler._skeleton, package.size).module()
+        graph = load_inline(steps, package)
 
         def call(values: list[torch.Tensor]) -> Any:
             calls.append(values[-1].shape[1])
-            return graph(values[:-2], values[-2], values[-1])
+            return graph(values)
 
         return call
 
@@ -66,6 +79,32 @@ def compile_here(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr("engine.compile.steps.Compiler", InlineCompiler)
     monkeypatch.setattr("engine.compile.steps._time", quick)
     monkeypatch.setattr(CompiledSteps, "__init__", with_load)
+    encode_here(monkeypatch)
+    return calls
+
+
+def encode_here(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The same for the encoders of engines; gains the shape of what each call is given."""
+    calls: list[tuple[int, ...]] = []
+
+    def load(encoder: CompiledEncoder, package: Package) -> Call:
+        graph, num_tensors = load_inline(encoder, package), len(encoder._tensors)
+
+        def call(values: list[torch.Tensor]) -> Any:
+            calls.append(tuple(values[num_tensors].shape))
+            return graph(values)
+
+        return call
+
+    init = CompiledEncoder.__init__
+
+    def with_load(encoder: CompiledEncoder, *args: Any, **kwargs: Any) -> None:
+        init(encoder, *args, **kwargs)
+        encoder._load = lambda package: load(encoder, package)
+        encoder._measure = quick
+
+    monkeypatch.setattr("engine.compile.encoder.Compiler", InlineCompiler)
+    monkeypatch.setattr(CompiledEncoder, "__init__", with_load)
     return calls
 
 
@@ -93,7 +132,7 @@ def compile_inline(
         setting = TrialSetting(shapes, vocab_size, runner.device, *crossing)
 
     def load(package: Package) -> Call:
-        graph = trace_step(skeleton, package.size).module()
+        graph = trace(skeleton, package.size).module()
 
         def call(values: list[torch.Tensor]) -> Series[torch.Tensor]:
             found: Series[torch.Tensor] = graph(values[:-2], values[-2], values[-1])

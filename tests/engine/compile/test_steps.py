@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from engine.build import build_engine
-from engine.compile.steps import Call, CompiledSteps, bucket_sizes
+from engine.compile.steps import CompiledSteps, bucket_sizes
+from engine.compile.tried import Call
 from engine.config import CompileConfig, EngineConfig
 from engine.engine import Engine
 from engine.model.linear import packed_form
