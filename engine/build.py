@@ -157,18 +157,20 @@ def _prepare_encoder(
     """What compiles the encoder when the steps are done with, where that is wanted."""
     if config.compile is None or not config.compile.has_code:
         return None
-    program, device = PlainEncoder(loaded.model.get_encoder()), str(loaded.device)
-    if loaded.family == "speech":
-        model_config = loaded.model.config
-        shape = (model_config.num_mel_bins, 2 * model_config.max_source_positions)
-        source = SourceShape(shape, loaded.dtype, device)
-    else:
-        source = SourceShape((), torch.int64, device, config.max_source_len, loaded.vocab_size)
+    program, source = PlainEncoder(loaded.model.get_encoder()), source_shape(loaded, config.max_source_len)
     num_steps = len(config.compile.sizes or bucket_sizes(config.max_num_seqs))
     parts.encoder.program = compiled = compile_encoder(
         program, source, config.compile, config.max_num_seqs, lambda: steps is None or steps.num_decided >= num_steps
     )
     return compiled
+
+
+def source_shape(loaded: LoadedModel, max_length: int | None) -> SourceShape:
+    """What an encoder-decoder's encoder is given of one source; `max_length` is of a text."""
+    config, device = loaded.model.config, str(loaded.device)
+    if loaded.family == "speech":
+        return SourceShape((config.num_mel_bins, 2 * config.max_source_positions), loaded.dtype, device)
+    return SourceShape((), torch.int64, device, max_length, loaded.vocab_size)
 
 
 def _prepare_seq2seq(

@@ -113,7 +113,8 @@ class Compiler:
             for size in missing:
                 self._report(Failure(size, f"no C++ compiler was found (one of {', '.join(_CXX)})"))
             return
-        logger.info("compiling steps of %s sequences behind; eager until then", ", ".join(map(str, missing)))
+        what = "steps of %s sequences" if self._skeleton.source is None else "encoders of %s sources"
+        logger.info(f"compiling {what} behind; eager until then", ", ".join(map(str, missing)))
         threading.Thread(target=self._compile, args=(tuple(missing),), name="compiler", daemon=True).start()
 
     def discard(self, package: Package) -> None:
