@@ -247,7 +247,7 @@ def test_every_path_that_the_text_names_exists() -> None:
     tree = next(block.text for block in BLOCKS if block.language == "text")
     in_tree = re.findall(r"(?<![\w/.])([a-z_]+(?:\.py|/))(?=[\s,])", tree)
     assert len(in_tree) > 15
-    in_engine = {"kv/", "model/", "sampling/"}
+    in_engine = {"kv/", "model/", "sampling/", "compile/", "graphs/"}
     linked = [path for path in re.findall(r"\]\(([^)#:]+)\)", text) if not path.startswith("http")]
     in_prose = re.findall(r"`((?:api|text|engine|benchmarks|scripts)/[\w./]+|[\w]+\.(?:py|sh|ps1))`", text)
     for path in [*(path for path in in_tree if path not in in_engine), *linked, *in_prose]:
