@@ -99,7 +99,7 @@ class _Step(nn.Module):
 
     def forward(self, tensors: list[Tensor], input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor]:
         program = put_on(self._skeleton.data, tensors)
-        _prepare(program.model)
+        _prepare(program.model, is_native=True)
         marker = getattr(program, "marker", None)
         AttentionInterface.register(NAME, _Attention(marker, is_native=self._skeleton.is_native))
         rows = torch.arange(input_ids.shape[1], device=self._device)
@@ -121,7 +121,8 @@ class _Encoder(nn.Module):
 
     def forward(self, tensors: list[Tensor], *inputs: Tensor) -> tuple[Tensor]:
         program = put_on(self._skeleton.data, tensors)
-        _prepare(program.model)
+        # Texts have any length, and a graph cannot choose between two kernels by it.
+        _prepare(program.model, is_native=False)
         AttentionInterface.register(encoder_attention.NAME, _attend_whole)
         try:
             return (program.run(EncoderInputs(inputs[0], inputs[1] if len(inputs) > 1 else None)),)
@@ -144,18 +145,18 @@ def _attend_whole(
     return _ops.attend_whole(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
 
 
-def _prepare(model: nn.Module) -> None:
-    """Put operators in the place of what a graph cannot hold."""
+def _prepare(model: nn.Module, *, is_native: bool) -> None:
+    """Put operators in the place of what a graph cannot hold; with `is_native` ours for few rows of packed weights."""
     for module in model.modules():
-        forward = _forward_in_graph(module)
+        forward = _forward_in_graph(module, is_native=is_native)
         if forward is not None:
             module.forward = forward
 
 
-def _forward_in_graph(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def _forward_in_graph(module: nn.Module, *, is_native: bool) -> Callable[[Tensor], Tensor] | None:
     """What stands for a module's forward that a graph cannot hold; None where it can."""
     if isinstance(module, PackedLinear) and module._packed is not None:
-        return _PackedForward(module)
+        return _PackedForward(module, is_native=is_native)
     if isinstance(module, Int4Linear) and isinstance(module._packed, NativeInt4):
         packed, bias = module._packed, module.bias
 
@@ -173,9 +174,9 @@ def _forward_in_graph(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 class _PackedForward:
     """In the place of a PackedLinear's forward: inductor wants to know the values of weights packed by oneDNN."""
 
-    def __init__(self, module: PackedLinear) -> None:
+    def __init__(self, module: PackedLinear, *, is_native: bool) -> None:
         self._packed, self._bias, self._words = module._packed, module._bias, module._words
-        self._size, self._max_native_numel = module.out_features, module._max_native_numel
+        self._size, self._max_native_numel = module.out_features, module._max_native_numel if is_native else -1
 
     def __call__(self, x: Tensor) -> Tensor:
         result: Tensor

@@ -39,7 +39,7 @@ MEASURED_ROWS = (1, 16)
 """Packed and plain are compared at these numbers of rows: one stream, and a busy decode step."""
 
 NATIVE_ROWS = (1, 4, 16, 64)
-"""Our kernel and oneDNN's are compared at these numbers of rows."""
+"""Our kernel and oneDNN's are compared at these numbers of rows; ours computes up to the last of them."""
 
 _MAX_SLOWDOWN = 1.1
 """Packed wins unless it is clearly slower, as it is for small weights, whose call costs 8 microseconds more."""
@@ -220,22 +220,24 @@ def _measure(module: nn.Linear, kernels: NativeKernels | None) -> str | int:
 
 
 def _native_rows(module: nn.Linear, packed: PackedLinear, kernels: NativeKernels) -> int:
-    """Up to how many of NATIVE_ROWS our kernel is right and faster; 0 for none."""
+    """The most of NATIVE_ROWS where our kernel is right and, over all of them, faster; else 0.
+
+    All or nothing: near the cross-over the fastest changes from start to start, and code that was compiled for another
+    choice would not be found again.
+    """
     native = packed_form(module)
     native.use_native(kernels, NATIVE_ROWS[-1])
     if native.max_native_rows == 0:
         return 0
-    most = 0
+    share = 1.0
     for num_rows in NATIVE_ROWS:
         x = torch.randn(num_rows, packed.in_features, dtype=module.weight.dtype)
         if not _is_equal(native(x), module(x)):
             logger.warning("our kernel for packed linears gives something else than torch's, and is not used")
             return 0
         native_s, packed_s = time_in_turn(lambda x=x: native(x), lambda x=x: packed(x))  # type: ignore[misc]
-        if native_s > packed_s:
-            break
-        most = num_rows
-    return most
+        share *= native_s / packed_s
+    return NATIVE_ROWS[-1] if share < 1 else 0
 
 
 def _is_equal(got: Tensor, expected: Tensor) -> bool:

@@ -14,10 +14,12 @@ from engine.compile.tried import Call
 from engine.config import CompileConfig
 from engine.engine import Engine
 from engine.model.encoder import EncoderInputs, PlainEncoder
+from engine.model.linear import packed_form
 from tests import zoo_seq2seq as zoo
 from tests.engine import test_exact_seq2seq as seq2seq
 from tests.engine.compile.inline import compile_here, encode_here, settle
 from tests.engine.harness import drive, tokens
+from tests.int4_weights import CAN_COMPILE, native_kernels
 from tests.zoo import prompt
 
 
@@ -73,6 +75,29 @@ def text_encoder(directory: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Comp
     source = SourceShape((), torch.int64, "cpu", 32, model.config.vocab_size)
     program = PlainEncoder(model.get_encoder())
     return compile_encoder(program, source, CompileConfig(directory), 2, lambda: True), calls
+
+
+@pytest.mark.skipif(not CAN_COMPILE, reason="no compiler, or no AVX512-BF16")
+def test_texts_of_any_length_go_through_one_graph_of_packed_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = encode_here(monkeypatch)
+    model = seq2seq.model_of("t5").to(torch.bfloat16)
+    for parent in list(model.get_encoder().modules()):
+        for name, child in parent.named_children():
+            if type(child) is torch.nn.Linear:
+                packed = packed_form(child)
+                packed.use_native(native_kernels(), 16)
+                setattr(parent, name, packed)
+    source = SourceShape((), torch.int64, "cpu", 32, model.config.vocab_size)
+    encoder = compile_encoder(PlainEncoder(model.get_encoder()), source, CompileConfig(tmp_path), 1, lambda: True)
+    run_trials(encoder)
+    assert encoder.sizes == (1,)
+    calls.clear()
+    with torch.inference_mode():
+        for length in (15, 17, 32):  # few rows are our own kernel's, where a step is eager
+            encoder.run(EncoderInputs(torch.ones((1, length), dtype=torch.int64), torch.ones((1, length)).long()))
+    assert calls == [(1, 15), (1, 17), (1, 32)]
 
 
 def run_trials(encoder: CompiledEncoder) -> None:
