@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from engine.units import size
 from runtime.plan import estimate_activations
 from runtime.planning import DryRun
 
-_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 _LABEL_WIDTH = 14
 
 
@@ -31,14 +31,6 @@ def plan_text(found: DryRun) -> str:
     if found.plan.lengths:
         lines += ["", *_table(found), ""]
     return "\n".join([*lines, *_verdict(found)])
-
-
-def size(num_bytes: int) -> str:
-    """Bytes as a person reads them: 1.5 GiB."""
-    value, unit = float(num_bytes), 0
-    while abs(value) >= 1024 and unit < len(_UNITS) - 1:
-        value, unit = value / 1024, unit + 1
-    return f"{num_bytes} bytes" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"
 
 
 def _with_first(texts: Sequence[str]) -> Iterator[tuple[bool, str]]:

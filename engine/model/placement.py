@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine.units import size
+
 DISK = "disk"
-_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +72,8 @@ class Placement:
         return {**self.resident, **self.fetched}
 
     def __str__(self) -> str:
-        parts = [f"{_size(num_bytes)} on {name}" for name, num_bytes in self.resident.items()]
-        parts += [f"{_size(num_bytes)} on {name}, fetched in each step" for name, num_bytes in self.fetched.items()]
+        parts = [f"{size(num_bytes)} on {name}" for name, num_bytes in self.resident.items()]
+        parts += [f"{size(num_bytes)} on {name}, fetched in each step" for name, num_bytes in self.fetched.items()]
         return "; ".join(parts)
 
 
@@ -148,10 +149,3 @@ def drop_idle_hooks(model: Any) -> None:
 def _name(place: Any) -> str:
     """As torch writes a device: accelerate's maps hold CUDA indices, names and devices."""
     return f"cuda:{place}" if isinstance(place, int) else str(place)
-
-
-def _size(num_bytes: int) -> str:
-    value, unit = float(num_bytes), 0
-    while value >= 1024 and unit < len(_UNITS) - 1:
-        value, unit = value / 1024, unit + 1
-    return f"{num_bytes} bytes" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import pytest
-
 from engine.model.blueprint import WeightBytes, Widths
 from engine.model.kv_cost import KVCost
 from runtime.checkpoint import StoredWeights
 from runtime.plan import Demand, make_plan
-from runtime.plan_text import plan_text, size
+from runtime.plan_text import plan_text
 from runtime.planning import DryRun
 
 GIB = 2**30
@@ -122,11 +120,3 @@ def test_int4_and_copies_are_told() -> None:
     text = plan_text(replace(found(), weights=weights))
     assert "7 linear layers in int4; embeddings, head and the rest as they are" in text
     assert "+ up to 1.0 MiB: a packed copy of the head" in text
-
-
-@pytest.mark.parametrize(
-    ("num_bytes", "text"),
-    [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1.0 KiB"), (1536, "1.5 KiB"), (2**40 * 5000, "5000.0 TiB")],
-)
-def test_sizes_are_read_by_people(num_bytes: int, text: str) -> None:
-    assert size(num_bytes) == text

@@ -15,10 +15,10 @@ from config import Settings, StartupError
 from engine.kv.encoder_decoder import EncoderDecoderKV
 from engine.kv.pool import SlotPool
 from engine.model.int4.linear import Int4Linear
+from engine.units import size
 from runtime import planning
 from runtime.checkpoint import HeadersOutOfReach
 from runtime.model_loading import load_model_stack
-from runtime.plan_text import size
 from runtime.planning import dry_run
 from tests.checkpoints import write_checkpoint
 from tests.engine.model.drawings import real
