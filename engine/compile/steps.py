@@ -103,7 +103,7 @@ class CompiledSteps(TriedCode[Step, CompiledCode]):
         load: Callable[[Package], Call] = load_package,
         measure: Callable[[Runs[Step], Step], float] | None = None,
     ) -> None:
-        super().__init__(program, compiler, load=load, measure=measure or _time)
+        super().__init__(program, compiler, load=load, measure=measure or time_run)
         self.program = program
         self.model = program.model
         self._tensors = tensors
@@ -171,6 +171,3 @@ def _is_decode(step: Step) -> bool:
     if isinstance(step, PagedStep):
         return step.inputs.num_singles == len(step.inputs.query_lens)
     return not step.inputs.chunks and (step.cross is None or not step.cross.chunks)
-
-
-_time = time_run  # tests have another clock

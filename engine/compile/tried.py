@@ -11,15 +11,16 @@ models and sizes.
 from __future__ import annotations
 
 import logging
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Series
+from functools import partial
 from typing import ClassVar, Generic, Protocol, TypeVar
 
 import torch
 
 from engine.compile.compiler import Compiler, Failure, Package
+from engine.model.timing import time_compute
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +46,7 @@ def load_package(package: Package) -> Call:
 
 def time_run(program: Runs[T], given: T) -> float:
     """Seconds that a run takes."""
-    started = time.perf_counter()
-    output = program.run(given)
-    if output.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return time_compute(partial(program.run, given))
 
 
 class TriedCode(ABC, Generic[T, Code]):

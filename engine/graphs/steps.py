@@ -25,8 +25,9 @@ from engine.compile.steps import CompiledCode, CompiledSteps
 from engine.compile.trial import compare_logits
 from engine.graphs.recorder import Compute, Recorder
 from engine.graphs.scene import L, Scene, StepInputs
-from engine.model.paged_inputs import to_device
 from engine.model.runner import StepProgram
+from engine.model.timing import time_compute
+from engine.transfer import upload
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +52,7 @@ class Graph(Generic[L]):
         logits = self._replay()
         if len(layout.logit_rows) == len(layout.input_ids):
             return logits[: len(layout.input_ids)]
-        (rows,) = to_device([layout.logit_rows], logits.device)
-        return logits[rows]
+        return logits[upload(layout.logit_rows, torch.int64, logits.device)]
 
 
 class GraphedSteps(Generic[L]):
@@ -214,11 +214,3 @@ class GraphedSteps(Generic[L]):
 
     def _run_plainly(self, layout: L) -> torch.Tensor:
         return self.program.run(self._scene.eager(layout))
-
-
-def time_compute(compute: Compute) -> float:
-    """Seconds that a computation takes."""
-    started = time.perf_counter()
-    if compute().device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started

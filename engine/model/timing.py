@@ -1,7 +1,7 @@
-"""How long functions take, measured in turn so that a busy machine slows all alike.
+"""How long functions take; those that are compared, measured in turn so that a busy machine slows all alike.
 
 Knows nothing of what they compute.
-Called where a faster way is chosen by trying: packed linears, int4 weights.
+Called where a faster way is chosen by trying: packed linears, int4 weights, compiled and captured steps.
 """
 
 from __future__ import annotations
@@ -15,6 +15,14 @@ from torch import Tensor
 _MEASURE_S = 0.01
 
 
+def time_compute(compute: Callable[[], Tensor]) -> float:
+    """Return the seconds that one call takes, until its tensor is there."""
+    started = time.perf_counter()
+    if compute().device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
 def time_in_turn(*functions: Callable[[], Tensor]) -> list[float]:
     """Return the least time each function took, on one thread where it runs on a CPU."""
     least = [float("inf")] * len(functions)
@@ -25,10 +33,7 @@ def time_in_turn(*functions: Callable[[], Tensor]) -> list[float]:
         num_rounds = 0
         while num_rounds < 3 or time.perf_counter() < end:
             for i, function in enumerate(functions):
-                start = time.perf_counter()
-                if function().device.type == "cuda":
-                    torch.cuda.synchronize()
-                least[i] = min(least[i], time.perf_counter() - start)
+                least[i] = min(least[i], time_compute(function))
             num_rounds += 1
     finally:
         torch.set_num_threads(num_threads)

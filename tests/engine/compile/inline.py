@@ -77,7 +77,7 @@ def compile_here(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         steps._load = lambda package: load(steps, package)
 
     monkeypatch.setattr("engine.compile.steps.Compiler", InlineCompiler)
-    monkeypatch.setattr("engine.compile.steps._time", quick)
+    monkeypatch.setattr("engine.compile.steps.time_run", quick)
     monkeypatch.setattr(CompiledSteps, "__init__", with_load)
     encode_here(monkeypatch)
     return calls

@@ -93,7 +93,7 @@ def test_eager_steps_attend_by_the_kernel_and_whole_prompts_do_not(monkeypatch: 
 
 
 def test_compiled_code_calls_the_kernels_without_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps_module, "_time", quick)
+    monkeypatch.setattr(steps_module, "time_run", quick)
     monkeypatch.setattr(steps_module, "Compiler", partial(Compiler, niceness=0))
     engine = engine_of(make_model(), compile=CompileConfig(tmp_path, sizes=(2,)))
     settle(engine, 1)
