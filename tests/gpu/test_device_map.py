@@ -5,7 +5,6 @@ float32 without TF32, so that the order of operations is all that differs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,6 @@ needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two 
 
 LENGTHS = (5, 40, 90, 3, 70)
 NUM_TOKENS = 20
-
-
-@pytest.fixture(autouse=True)
-def exact_matmul() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _load(name: str, directory: Path, rooms: dict[int | str, float], strategy: str) -> LoadedModel:

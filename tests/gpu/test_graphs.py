@@ -33,11 +33,6 @@ LENGTHS = (5, 40, 90, 3, 70, 1, 64, 33, 12, 100)
 NUM_TOKENS = 24
 
 
-@pytest.fixture(autouse=True)
-def exact_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-
-
 def _engine(name: str, directory: Path, dtype: torch.dtype = torch.float32, **limits: Any) -> Engine:
     how = CompileConfig(directory, has_code=False, has_graphs=True)
     config = EngineConfig(

@@ -5,7 +5,6 @@ float32 without TF32, so that the order of operations is all that differs betwee
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,14 +20,6 @@ from tests.engine.harness import drive, greedy, tiny_model, tokens
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 LENGTHS = (5, 40, 90, 3, 70, 1, 64, 33)
-
-
-@pytest.fixture(autouse=True)
-def exact_matmul() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _prompts() -> list[list[int]]:

@@ -33,11 +33,6 @@ RUNS = [(0, 1), (31, 1), (32, 1), (700, 1), (0, 300), (45, 33), (63, 2)]
 SINGLES = [(length - 1, 1) for length in (1, 2, 31, 32, 33, 127, 128, 129, 255, 256, 1000, 2048)]
 
 
-@pytest.fixture(autouse=True)
-def exact_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-
-
 def _kernel(num_sms: int | None = None) -> KernelAttention:
     device = torch.device("cuda")
     own = torch.cuda.get_device_properties(device).multi_processor_count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,14 +29,6 @@ KINDS: list[dict[str, Any]] = [
     {"stop_token_ids": frozenset(range(0, zoo.VOCAB_SIZE, 20))},
     {"frequency_penalty": 0.5},
 ]
-
-
-@pytest.fixture(autouse=True)
-def exact_matmul() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _engine(name: str, **limits: Any) -> Engine:
