@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from engine.model.native_kernels import NativeKernels
-from engine.model.packed_linear import PackedWeight
+from engine.model.packed_weight import PackedWeight
 
 # What a checkpoint's config says of itself and no computation depends on.
 _NAMES_IN_CONFIG = ("_name_or_path", "name_or_path", "transformers_version", "architectures")

@@ -1,4 +1,4 @@
-"""A linear layer whose weight lies in memory as oneDNN packs it, and what stands for that weight elsewhere.
+"""A linear layer whose weight lies in memory as oneDNN packs it.
 
 Knows nothing of which layers are worth packing, or of models.
 Made by model/linear.py in the place of plain linears.
@@ -9,14 +9,13 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from engine.model.native_kernels import PACKED_UNIT, NativeKernels
+from engine.model.packed_weight import PackedModule
 
 logger = logging.getLogger(__name__)
 
@@ -34,64 +33,7 @@ _DATA_PTR = _find_op("data_ptr")
 _NBYTES = _find_op("_nbytes")
 
 
-_METADATA = frozenset(
-    [
-        getattr(Tensor, name).__get__
-        for name in ("dtype", "shape", "device", "ndim", "layout", "is_cuda", "requires_grad")
-    ]
-    + [Tensor.size, Tensor.dim, Tensor.numel, Tensor.element_size, Tensor.is_floating_point]
-)
-"""What PackedWeight answers itself."""
-
-
-class Unpackable(Protocol):
-    """A module that keeps its weight in a form of its own."""
-
-    def unpack(self) -> Tensor:
-        """Go back to the plain weight for good, and return it."""
-
-
-class PackedWeight(Tensor):
-    """Stands for a packed weight where a model reads `module.weight` itself.
-
-    Its dtype, shape and device are there at no cost (T5 and Falcon look at the dtype before each call). The first
-    function that needs more (Mamba multiplies by dt_proj's) gets the plain weight, and the module goes back to plain
-    for good.
-    """
-
-    _owner: Unpackable
-
-    @staticmethod
-    def of(
-        owner: Unpackable, shape: torch.Size, dtype: torch.dtype, device: torch.device | None = None
-    ) -> PackedWeight:
-        """Make the stand-in for the weight of `owner`."""
-        weight = Tensor._make_wrapper_subclass(PackedWeight, shape, dtype=dtype, device=device or torch.device("cpu"))
-        weight._owner = owner
-        return weight
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        return f"PackedWeight(shape={tuple(self.shape)}, dtype={self.dtype})"
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer questions about metadata; do everything else with the plain weight."""
-
-        def plain(value: Any) -> Any:
-            return value._owner.unpack() if isinstance(value, PackedWeight) else value
-
-        with torch._C.DisableTorchFunctionSubclass():
-            if func not in _METADATA:
-                args, kwargs = tree_map(plain, (args, kwargs))
-            return func(*args, **(kwargs or {}))
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Refuse what came around __torch_function__: there are no values here."""
-        raise NotImplementedError(f"{func} on a packed weight")
-
-
-class PackedLinear(nn.Module):
+class PackedLinear(PackedModule[Tensor]):
     """y = x W^T + b with W packed; stands where an nn.Linear or a Conv1D stood.
 
     Args:
@@ -101,16 +43,11 @@ class PackedLinear(nn.Module):
     """
 
     def __init__(self, packed: Tensor, bias: nn.Parameter | None, *, is_transposed: bool = False) -> None:
-        super().__init__()
-        self.out_features, self.in_features = packed.shape
+        out_features, in_features = packed.shape
+        super().__init__(packed, (out_features, in_features), packed.dtype, is_transposed=is_transposed)
         # Parameters are found by nn.Module.__getattr__, which costs more than the call; plain attributes are not.
         self._bias = None if bias is None else bias.detach().clone()
         self.bias = None if self._bias is None else nn.Parameter(self._bias, requires_grad=False)
-        self._packed: Tensor | None = packed
-        self._plain: Tensor | None = None
-        self._is_transposed = is_transposed
-        shape = packed.shape[::-1] if is_transposed else packed.shape
-        self._stand_in = PackedWeight.of(self, torch.Size(shape), packed.dtype)
         self.native_kernels: NativeKernels | None = None
         self._words: Tensor | None = None
         self._max_native_numel = -1
@@ -133,27 +70,14 @@ class PackedLinear(nn.Module):
         if x.numel() <= self._max_native_numel:
             return self.native_kernels.packed_multiply(x, self._words, self._bias, self.out_features)  # type: ignore
         if packed is None:
-            weight = self.unpack()
-            return F.linear(x, weight.t() if self._is_transposed else weight, self._bias)
+            return self._multiply_plain(x, self._bias)
         return LINEAR(x, packed, self._bias, "none", [], "")  # type: ignore[misc]
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight as the replaced module had it; a stand-in until somebody uses its values."""
-        return self.unpack() if self._packed is None else self._stand_in
-
-    def unpack(self) -> Tensor:
-        """Go back to the plain weight for good, and return it."""
-        if self._packed is not None:
-            logger.warning(
-                "a packed linear %dx%d is used by its weight: plain again", self.in_features, self.out_features
-            )
-            dense = self._packed.to_dense()
-            self._plain = dense.t() if self._is_transposed else dense
-            self._packed = self._words = None
-            self._max_native_numel = -1
-        assert self._plain is not None  # one of the two is always there
-        return self._plain
+    def _give_up(self, packed: Tensor) -> Tensor:
+        logger.warning("a packed linear %dx%d is used by its weight: plain again", self.in_features, self.out_features)
+        self._words = None
+        self._max_native_numel = -1
+        return packed.to_dense()
 
     def extra_repr(self) -> str:
         """Return what nn.Linear shows, whether it is packed, and up to how many rows are our own kernel's."""

@@ -9,12 +9,11 @@ from __future__ import annotations
 import logging
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.model.int4.hqq import Int4Weight
 from engine.model.int4.packed import PackedInt4, Scratch
-from engine.model.packed_linear import PackedWeight
+from engine.model.packed_weight import PackedModule
 from engine.model.timing import time_in_turn
 
 logger = logging.getLogger(__name__)
@@ -23,7 +22,7 @@ MEASURED_ROWS = (8, 16, 32, 64, 128, 256, 512)
 _MEASURED_OUTPUTS = 1024  # of a larger weight: the ratio is the same, and a load does not wait for it
 
 
-class Int4Linear(nn.Module):
+class Int4Linear(PackedModule[PackedInt4]):
     """y = x W^T + b with W in int4; stands where an nn.Linear or a Conv1D stood.
 
     Args:
@@ -47,16 +46,11 @@ class Int4Linear(nn.Module):
         device: torch.device,
         is_transposed: bool = False,
     ) -> None:
-        super().__init__()
-        self.out_features, self.in_features = packed.num_rows, packed.num_columns
+        sizes = packed.num_rows, packed.num_columns
+        super().__init__(packed, sizes, torch.bfloat16, device=device, is_transposed=is_transposed)
         self.register_parameter("bias", bias)
-        self._packed: PackedInt4 | None = packed
-        self._plain: Tensor | None = None
         self._scratch = scratch
         self._min_dense_rows = min_dense_rows
-        self._is_transposed = is_transposed
-        shape = (self.in_features, self.out_features) if is_transposed else (self.out_features, self.in_features)
-        self._stand_in = PackedWeight.of(self, torch.Size(shape), torch.bfloat16, device)
         # Some architectures initialise their children's weights, and are to leave this one alone.
         self._stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
 
@@ -82,8 +76,7 @@ class Int4Linear(nn.Module):
         packed = self._packed
         bias = self._parameters["bias"]  # as an attribute it would be looked up in three places
         if packed is None:
-            weight = self.unpack()
-            return F.linear(x, weight.t() if self._is_transposed else weight, bias)
+            return self._multiply_plain(x, bias)
         rows = x.reshape(-1, self.in_features).contiguous()
         if self._min_dense_rows is not None and rows.shape[0] >= self._min_dense_rows:
             y = packed.multiply_dense(rows, self._scratch)
@@ -93,22 +86,9 @@ class Int4Linear(nn.Module):
             y += bias
         return y.view(*x.shape[:-1], self.out_features)
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight as the replaced module had it; a stand-in until somebody uses its values."""
-        return self.unpack() if self._packed is None else self._stand_in
-
-    def unpack(self) -> Tensor:
-        """Go back to a plain weight, the dequantised one, for good, and return it."""
-        if self._packed is not None:
-            logger.warning(
-                "an int4 linear %dx%d is used by its weight: dequantised", self.in_features, self.out_features
-            )
-            dense = self._packed.dequantise()
-            self._plain = dense.t() if self._is_transposed else dense
-            self._packed = None
-        assert self._plain is not None  # one of the two is always there
-        return self._plain
+    def _give_up(self, packed: PackedInt4) -> Tensor:
+        logger.warning("an int4 linear %dx%d is used by its weight: dequantised", self.in_features, self.out_features)
+        return packed.dequantise()
 
     def extra_repr(self) -> str:
         """Return what nn.Linear shows, and in which form the weight is."""

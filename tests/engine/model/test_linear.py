@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from engine.model import linear, packed_linear
 from engine.model.linear import prepack_linears
 from engine.model.native_kernels import NativeKernels
-from engine.model.packed_linear import PackedLinear, PackedWeight
+from engine.model.packed_linear import PackedLinear
+from engine.model.packed_weight import PackedWeight
 from engine.model.timing import time_in_turn
 from tests.int4_weights import CAN_COMPILE, native_kernels
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from engine.model.int4.linear import Int4Linear
 from engine.model.int4.packed import Scratch
-from engine.model.packed_linear import PackedWeight
+from engine.model.packed_weight import PackedWeight
 from tests.int4_weights import KERNEL_NAMES, kernel, random, some_weight
 
 pytestmark = pytest.mark.skipif(not KERNEL_NAMES, reason="this build of torch has no int4 kernel for CPUs")
