@@ -7,20 +7,19 @@ Called by model_manager.py, on the engine thread.
 from __future__ import annotations
 
 import logging
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import Settings, StartupError
-from engine.config import CompileConfig, EngineConfig
-from runtime.hardware import free_bytes_on
+from engine.config import EngineConfig
+from runtime.engine_limits import cache_root, engine_config
 from runtime.model_fit import check_fit, check_loaded, first_line, model_type_for
 from runtime.offload_folder import OffloadFolder
 from runtime.placing import place_for_loading
+from runtime.speech_loading import load_speech
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -35,15 +34,6 @@ Progress = Callable[[str, float | None], None]  # what is being done, and the sh
 
 _DEMO = Path(__file__).parent.parent / "demo"
 DEMO_MODELS = {"demo": _DEMO / "chat", "demo-t5": _DEMO / "t5", "demo-whisper": _DEMO / "whisper"}
-# Running streams are protected by the engine's pacing; these bound how long a step takes when nobody streams yet.
-MAX_BATCH_TOKENS_CPU = 512
-MAX_BATCH_TOKENS_ACCELERATOR = 2048
-# A window of speech is 1,500 positions to encode, too few to fill an accelerator; a CPU is busy with one.
-WINDOWS_PER_STEP_ACCELERATOR = 8
-# Of the memory that is free once the weights are in; the rest is for activations and for the machine's other work.
-KV_SHARE_OF_FREE_MEMORY = 0.8
-# Recurrent models and ALiBi have no bound of their own, but an engine needs one to plan by.
-MAX_MODEL_LEN_OF_UNBOUNDED = 32_768
 # What --hqq-report True measures on: always the same, so that two starts can be compared.
 REPORT_TEXT = (
     "The harbour master opened the ledger at six every morning, wrote down the ships that had come in overnight, and "
@@ -135,10 +125,10 @@ def load_model_stack(settings: Settings, progress: Progress) -> LoadedStack:
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
         )
-        folder = None if settings.device_map is None else OffloadFolder(_cache_root(settings) / "offload")
+        folder = None if settings.device_map is None else OffloadFolder(cache_root(settings) / "offload")
         loaded = _load_model(settings, source, device, family, tokenizer, folder, progress)
         check_loaded(settings, loaded)
-        config = _engine_config(settings, loaded, device)
+        config = engine_config(settings, loaded, device)
         has_source = config.max_source_len is not None
         prompts = PromptEncoder(
             tokenizer, max_model_len=config.max_source_len or config.max_model_len, is_source=has_source
@@ -148,7 +138,7 @@ def load_model_stack(settings: Settings, progress: Progress) -> LoadedStack:
     make_transcriber: TranscriberMaker | None = None
     languages: tuple[str, ...] = ()
     if loaded.family == "speech":
-        make_transcriber, languages = _speech(settings, source, loaded, tokenizer)
+        make_transcriber, languages = load_speech(settings, source, loaded, tokenizer)
     engine = _build_engine(loaded, config, progress)
     info = replace(_info(settings, loaded, config, engine), languages=languages)
     return LoadedStack(engine, prompts, tokenizer, info, make_transcriber, folder)
@@ -237,137 +227,6 @@ def _load_model(
         return load_model(request, progress)
     except LoadError as error:
         raise StartupError(" ".join(str(error).split())) from error
-
-
-def _speech(
-    settings: Settings, source: str, loaded: LoadedModel, tokenizer: Any
-) -> tuple[TranscriberMaker, tuple[str, ...]]:
-    """What makes the transcriber of a speech model, and the languages it knows."""
-    from runtime.hardware import usable_cores
-    from runtime.recordings import Recordings
-    from runtime.speech_model import NotASpeechModel, speech_model_of
-    from runtime.transcriber import transcriber_maker
-
-    recordings = Recordings(
-        _feature_extractor(settings, source),
-        max_seconds=settings.max_audio_seconds,
-        median_width=loaded.model.config.median_filter_width,
-    )
-    checkpoint = (loaded.model.config, loaded.model.generation_config, tokenizer)
-    try:
-        maker = transcriber_maker(
-            *checkpoint,
-            recordings,
-            num_threads=usable_cores(),
-            max_windows=settings.continuous_batching_batch_size,
-        )
-        return maker, tuple(speech_model_of(*checkpoint).language_ids)
-    except NotASpeechModel as error:
-        raise StartupError(f"--hf-model {settings.hf_model}: {first_line(error)}") from error
-
-
-def _feature_extractor(settings: Settings, source: str) -> Any:
-    """The checkpoint's feature extractor, by itself or out of a processor."""
-    from importlib import import_module
-
-    path = settings.processor_type if settings.is_given("processor_type") else "AutoFeatureExtractor"
-    module, _, name = path.rpartition(".")
-    try:
-        found = getattr(import_module(module or "transformers"), name).from_pretrained(
-            source, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-        )
-    except (ImportError, AttributeError, OSError, ValueError) as error:
-        raise StartupError(f"--processor-type {path}: {first_line(error)}") from error
-    extractor = getattr(found, "feature_extractor", found)
-    if not hasattr(extractor, "hop_length"):
-        raise StartupError(f"--processor-type {path}: {type(extractor).__name__} makes no spectrograms")
-    return extractor
-
-
-def _engine_config(settings: Settings, loaded: LoadedModel, device: str) -> EngineConfig:
-    default_tokens = MAX_BATCH_TOKENS_CPU if device == "cpu" else MAX_BATCH_TOKENS_ACCELERATOR
-    if device != "cpu" and loaded.family == "speech" and loaded.max_source_positions is not None:
-        default_tokens = WINDOWS_PER_STEP_ACCELERATOR * loaded.max_source_positions
-    kv_budget_bytes, kv_limits = _kv_memory(settings, loaded, device)
-    return EngineConfig(
-        max_num_seqs=settings.continuous_batching_batch_size,
-        # Every sequence of a full step needs room for its one token.
-        max_batch_tokens=settings.max_batch_tokens or max(default_tokens, settings.continuous_batching_batch_size),
-        max_model_len=max_model_len_of(settings, loaded.max_positions),
-        max_source_len=max_source_len_of(settings, loaded),
-        kv_budget_bytes=kv_budget_bytes,
-        kv_limits=kv_limits,
-        is_prefix_caching=settings.prefix_caching,
-        is_static_cache=settings.static_cache,
-        eos_token_ids=loaded.eos_token_ids,
-        profile_directory=_profile_directory() if settings.torch_profiling else None,
-        compile=_compile_config(settings, device) if settings.torch_compile else None,
-        is_overlapped=loaded.device.type == "cuda",
-    )
-
-
-def _kv_memory(settings: Settings, loaded: LoadedModel, device: str) -> tuple[int | None, dict[str, int] | None]:
-    """Most bytes of KV in all, and on each device of a model that is spread: the engine knows what its layers take."""
-    asked, placement = settings.kv_cache_memory, loaded.placement
-    if placement is not None:
-        limits = {name: free_bytes_on(name) for name in placement.devices}
-        main = str(placement.device)
-        limits[main] = max(0, limits[main] - placement.largest_fetched)
-        if asked is not None:
-            return asked, limits
-        return None, {name: int(limit * KV_SHARE_OF_FREE_MEMORY) for name, limit in limits.items()}
-    free_bytes = free_bytes_on(device)
-    if asked is None:
-        return int(free_bytes * KV_SHARE_OF_FREE_MEMORY), None
-    if asked > free_bytes:
-        raise StartupError(
-            f"--kv-cache-memory {asked}: should be at most the {free_bytes} bytes that are free on {device}"
-        )
-    return asked, None
-
-
-def _compile_config(settings: Settings, device: str) -> CompileConfig:
-    """How steps are compiled, and whether they are captured as CUDA graphs too, where there is CUDA."""
-    mode = settings.torch_compile_mode
-    if device == "mps":
-        raise StartupError("--torch-compile True: should be with --accelerator-type cpu or cuda, not mps")
-    return CompileConfig(
-        _cache_root(settings) / "compiled",
-        is_autotuned=mode.startswith("max-autotune"),
-        has_graphs=device == "cuda" and mode in ("reduce-overhead", "max-autotune"),
-    )
-
-
-def _cache_root(settings: Settings) -> Path:
-    return Path(settings.cache_dir or tempfile.mkdtemp(prefix="transformers-openai-api-"))
-
-
-def _profile_directory() -> Path:
-    directory = Path(tempfile.gettempdir()) / f"transformers-openai-api-profile-{os.getpid()}"
-    logger.info("profiling: Chrome traces of a few steps go to %s, of a few more at SIGUSR1", directory)
-    return directory
-
-
-def max_model_len_of(settings: Settings, positions: int | None) -> int:
-    """The longest sequence: as asked, or what the model has positions for."""
-    option, asked = "--max-model-len", settings.max_model_len
-    if settings.static_cache:
-        option, asked = "--static-cache-decoder-max-length", settings.static_cache_decoder_max_length
-    if asked is not None and positions is not None and asked > positions:
-        raise StartupError(f"{option} {asked}: should be at most the model's positions ({positions})")
-    return asked or positions or MAX_MODEL_LEN_OF_UNBOUNDED
-
-
-def max_source_len_of(settings: Settings, loaded: LoadedModel) -> int | None:
-    """The longest source: as asked, or what the encoder has positions for; None without an encoder."""
-    positions = loaded.max_source_positions
-    if loaded.family == "decoder":
-        return None
-    if loaded.family == "speech":
-        return positions
-    if settings.static_cache:
-        return settings.static_cache_encoder_max_length
-    return min(settings.max_model_len or MAX_MODEL_LEN_OF_UNBOUNDED, positions or MAX_MODEL_LEN_OF_UNBOUNDED)
 
 
 def _build_engine(loaded: LoadedModel, config: EngineConfig, progress: Progress) -> Engine:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from config import Settings, StartupError
+from runtime import engine_limits as limits
 from runtime import model_loading as loading
 from runtime.checkpoint import HeadersOutOfReach, NoWeights, StoredWeights, read_stored_weights
 from runtime.drawing import draw_model, read_config
@@ -176,20 +177,18 @@ def _demand(
 ) -> Demand:
     from engine.build import SMALLEST_SLOT
 
-    default_tokens = loading.MAX_BATCH_TOKENS_CPU if device == "cpu" else loading.MAX_BATCH_TOKENS_ACCELERATOR
-    max_num_seqs = settings.continuous_batching_batch_size
     return Demand(
         resident_bytes=weights.total,
         loading_bytes=loading_bytes,
         scratch_bytes=weights.scratch,
         widths=widths,
-        num_step_tokens=settings.max_batch_tokens or max(default_tokens, max_num_seqs),
+        num_step_tokens=limits.max_batch_tokens_of(settings, loaded, device),
         kv=kv,
         kv_cache_memory=settings.kv_cache_memory,
-        kv_share=loading.KV_SHARE_OF_FREE_MEMORY,
-        max_num_seqs=max_num_seqs,
-        max_model_len=loading.max_model_len_of(settings, loaded.max_positions),
-        max_source_len=loading.max_source_len_of(settings, loaded),
+        kv_share=limits.KV_SHARE_OF_FREE_MEMORY,
+        max_num_seqs=settings.continuous_batching_batch_size,
+        max_model_len=limits.max_model_len_of(settings, loaded.max_positions),
+        max_source_len=limits.max_source_len_of(settings, loaded),
         is_source_fixed=loaded.family == "speech" or settings.static_cache,
         is_static=settings.static_cache,
         smallest_slot=SMALLEST_SLOT,

@@ -11,11 +11,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from config import Settings, StartupError
-from engine.config import CompileConfig
 from engine.sequence import SamplingParams, Sequence
 from runtime import model_loading
+from runtime.engine_limits import MAX_BATCH_TOKENS_CPU
 from runtime.hardware import free_memory_bytes
-from runtime.model_loading import MAX_BATCH_TOKENS_CPU, load_model_stack
+from runtime.model_loading import load_model_stack
 from tests import zoo_seq2seq
 from tests.api.scripted import byte_tokenizer
 from tests.checkpoints import write_checkpoint
@@ -205,31 +205,3 @@ def test_demo_is_the_model_beside_main(checkpoint: Path, monkeypatch: pytest.Mon
         load_model_stack(settings_of("demo"), ignore)
     with pytest.raises(StartupError, match="--revision v1"):
         load_model_stack(settings_of("demo", revision="v1"), ignore)
-
-
-def test_options_of_compiling_reach_the_engine(tmp_path: Path) -> None:
-    settings = Settings(torch_compile=True, cache_dir=str(tmp_path))
-    assert model_loading._compile_config(settings, "cpu") == CompileConfig(tmp_path / "compiled")
-    tuned = Settings(torch_compile=True, torch_compile_mode="max-autotune", cache_dir=str(tmp_path))
-    assert model_loading._compile_config(tuned, "cpu").is_autotuned
-    assert not model_loading._compile_config(settings, "cuda").is_autotuned  # its mode is the default, not asked for
-    with pytest.raises(StartupError, match="--torch-compile True: should be with --accelerator-type cpu or cuda"):
-        model_loading._compile_config(settings, "mps")
-
-
-@pytest.mark.parametrize(
-    ("mode", "is_autotuned", "has_graphs"),
-    [
-        ("default", False, False),
-        ("reduce-overhead", False, True),
-        ("max-autotune", True, True),
-        ("max-autotune-no-cudagraphs", True, False),
-    ],
-)
-def test_graphs_are_captured_on_cuda_where_the_mode_means_them(
-    mode: str, is_autotuned: bool, has_graphs: bool, tmp_path: Path
-) -> None:
-    settings = Settings(torch_compile=True, torch_compile_mode=mode, cache_dir=str(tmp_path))
-    on_cuda, on_cpu = (model_loading._compile_config(settings, device) for device in ("cuda", "cpu"))
-    assert (on_cuda.is_autotuned, on_cuda.has_graphs) == (is_autotuned, has_graphs)
-    assert (on_cpu.is_autotuned, on_cpu.has_graphs) == (is_autotuned, False)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from config import Settings, StartupError
 from engine.model.blueprint import WeightBytes
 from engine.sequence import SamplingParams, Sequence
-from runtime import model_loading, placing, planning
+from runtime import engine_limits, placing, planning
 from runtime.model_loading import load_model_stack
 from runtime.placing import choose_placement, weight_rooms
 from runtime.plan_text import plan_text
@@ -142,7 +142,7 @@ def test_kv_memory_that_is_not_there_is_refused(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory_for(checkpoint, 0.7, monkeypatch)
-    monkeypatch.setattr(model_loading, "free_bytes_on", lambda _device: 10**6)
+    monkeypatch.setattr(engine_limits, "free_bytes_on", lambda _device: 10**6)
     with pytest.raises(StartupError, match="--kv-cache-memory 2000000: 2000000 bytes of it would be on cpu, where "):
         load_model_stack(settings_of(checkpoint, tmp_path, kv_cache_memory=2_000_000), ignore)
 
