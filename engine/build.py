@@ -14,7 +14,7 @@ import torch
 from engine.build_paged import build_paged
 from engine.compile.encoder import CompiledEncoder, compile_encoder
 from engine.compile.skeleton import SourceShape
-from engine.compile.steps import bucket_sizes, compile_steps
+from engine.compile.steps import compile_steps, sizes_of
 from engine.compile.trial import TrialSetting
 from engine.config import EngineConfig
 from engine.engine import Engine, Lane
@@ -158,7 +158,7 @@ def _prepare_encoder(
     if config.compile is None or not config.compile.has_code:
         return None
     program, source = PlainEncoder(loaded.model.get_encoder()), source_shape(loaded, config.max_source_len)
-    num_steps = len(config.compile.sizes or bucket_sizes(config.max_num_seqs))
+    num_steps = len(sizes_of(config.compile, config.max_num_seqs))
     parts.encoder.program = compiled = compile_encoder(
         program, source, config.compile, config.max_num_seqs, lambda: steps is None or steps.num_decided >= num_steps
     )
@@ -188,7 +188,7 @@ def _prepare_seq2seq(
     if recorder is None:
         return compiled
     scene = SlotScene(runner.storage, runner.cross_storage, decoder, loaded.vocab_size, loaded.device)
-    sizes = [n for n in config.compile.sizes or bucket_sizes(config.max_num_seqs) if n <= config.max_num_seqs]
+    sizes = [n for n in sizes_of(config.compile, config.max_num_seqs) if n <= config.max_num_seqs]
     graphed = runner.captured = GraphedSteps(decoder, scene, sizes, recorder, compiled)
     return graphed
 

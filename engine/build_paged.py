@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.compile.paged_trial import NUM_TRIAL_BLOCKS, PagedTrialSetting
-from engine.compile.steps import CompiledSteps, bucket_sizes, compile_steps
+from engine.compile.steps import CompiledSteps, compile_steps, sizes_of
 from engine.config import CompileConfig, EngineConfig
 from engine.engine import Engine, Lane
 from engine.graphs.paged_scene import PagedScene
@@ -96,7 +96,7 @@ def build_paged(
     if recorder is None:
         return Engine(config, lane, runner, kv, sampler, compiled)
     scene = PagedScene(storage, attention, num_blocks, config.max_model_len, loaded.vocab_size, loaded.device)
-    sizes = config.compile.sizes or bucket_sizes(config.max_num_seqs)
+    sizes = sizes_of(config.compile, config.max_num_seqs)
     graphed = runner.captured = GraphedSteps(eager, scene, sizes, recorder, compiled)
     return Engine(config, lane, runner, kv, sampler, graphed)
 

@@ -30,9 +30,7 @@ from engine.model.packed_weight import PackedWeight
 
 # What a checkpoint's config says of itself and no computation depends on.
 _NAMES_IN_CONFIG = ("_name_or_path", "name_or_path", "transformers_version", "architectures")
-
-
-MIN_TEXT_LENGTH = 2
+MIN_TEXT_LENGTH = 2  # of a text whose length a graph leaves open: a length of one has a graph of its own
 _ENGINE = Path(__file__).parent.parent
 
 

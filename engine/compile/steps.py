@@ -40,6 +40,11 @@ def bucket_sizes(max_rows: int) -> tuple[int, ...]:
     return tuple(sizes) if max_rows == 1 else (*sizes, max_rows)
 
 
+def sizes_of(how: CompileConfig, max_rows: int) -> tuple[int, ...]:
+    """The buckets of a server of up to that many rows: as asked, or bucket_sizes."""
+    return how.sizes or bucket_sizes(max_rows)
+
+
 class CompiledCode:
     """One bucket's code with the model's tensors.
 
@@ -163,7 +168,7 @@ def compile_steps(program: StepProgram, setting: Trials, config: CompileConfig, 
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise ValueError(f"--torch-compile True: this model cannot be taken apart: {error}") from error
     compiler = Compiler(skeleton, config.directory, is_autotuned=config.is_autotuned)
-    return CompiledSteps(program, tensors, compiler, setting, config.sizes or bucket_sizes(max_rows), kernels=kernels)
+    return CompiledSteps(program, tensors, compiler, setting, sizes_of(config, max_rows), kernels=kernels)
 
 
 def _is_decode(step: Step) -> bool:

@@ -19,6 +19,7 @@ import torch
 
 from engine.compile.trial import CAPACITY, trial_item
 from engine.graphs.scene import StepInputs
+from engine.graphs.static_inputs import ALIGNMENT
 from engine.kv.pool import Slot
 from engine.kv.slots import Arena, SlotStorage
 from engine.model.cross_attention import CrossStep, build_cross
@@ -28,8 +29,6 @@ from engine.model.slot_rows import NUM_COLUMNS, SlotLayout, SlotRows, lay_out_ro
 from engine.model.step import FlatStep
 from engine.scheduler import Batch
 from engine.sequence import Sequence
-
-_ALIGNMENT = 16  # of each column, in numbers of 8 bytes: kernels may be compiled for aligned addresses
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,7 @@ class SlotScene:
 
     def inputs(self, size: int) -> StepInputs[SlotLayout]:
         """As Scene.inputs."""
-        padding = np.zeros((NUM_COLUMNS, -(-size // _ALIGNMENT) * _ALIGNMENT), np.int64)
+        padding = np.zeros((NUM_COLUMNS, -(-size // ALIGNMENT) * ALIGNMENT), np.int64)
         padding[2:] = np.array([_spare_of(self.storage), 1, _spare_of(self.cross_storage), 1])[:, None]
         whole = torch.from_numpy(padding).to(self.device, copy=True)
         ids, positions, slots, lengths, source_slots, source_lengths = whole[:, :size]

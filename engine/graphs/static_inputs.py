@@ -17,7 +17,7 @@ import torch
 from engine.kv.prefix import BLOCK_SIZE
 from engine.model.paged_inputs import Ids, PagedInputs, PagedLayout
 
-_ALIGNMENT = 16  # of the tensors, in numbers of 8 bytes: kernels may be compiled for aligned addresses
+ALIGNMENT = 16  # of the tensors, in numbers of 8 bytes: kernels may be compiled for aligned addresses
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class _Parts:
 
     @classmethod
     def of(cls, size: int, table_width: int) -> _Parts:
-        row = -(-size // _ALIGNMENT) * _ALIGNMENT
+        row = -(-size // ALIGNMENT) * ALIGNMENT
         ids, positions, slots, lens = (slice(number * row, number * row + size) for number in range(4))
         tables = slice(4 * row, 4 * row + size * table_width)
         return cls(ids, positions, slots, lens, tables, tables.stop)
