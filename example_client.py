@@ -156,16 +156,15 @@ def fill_in_a_form(client: OpenAI, model: str) -> None:
         "properties": {
             "name": {"type": "string", "maxLength": 20},
             "age": {"type": "integer", "minimum": 0, "maximum": 120},
-            "mood": {"enum": ["happy", "sad"]},
         },
-        "required": ["name", "age", "mood"],
+        "required": ["name", "age"],
         "additionalProperties": False,
     }
     completion = client.chat.completions.create(
         model=model,
-        messages=[{"role": "user", "content": "Tell me about somebody."}],
+        messages=[{"role": "user", "content": "Extract name and age as JSON: Maria is 34 years old."}],
         response_format={"type": "json_schema", "json_schema": {"name": "person", "schema": schema, "strict": True}},
-        max_tokens=200,
+        max_tokens=150,
         seed=1,
     )
     print(json.loads(completion.choices[0].message.content or ""))
