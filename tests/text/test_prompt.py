@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.text.vocabularies import BERT, CHATML, CORPUS, KINDS, LLAMA2, byt5, byte_level, sentencepiece, unigram
 from text.controls import Marks, any_of
-from text.errors import PromptError, PromptTooLong, TokenizerError
+from text.errors import PromptError, PromptTooLong
 from text.prompt import PromptEncoder
 
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -196,194 +194,7 @@ def test_control_strings_are_found_longest_first(strings: list[str], text: str) 
 # Messages
 
 
-def test_the_messages_of_the_request_are_not_changed() -> None:
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    messages = [*user([{"type": "text", "text": "a"}]), {"role": "assistant", "content": None, "tool_calls": [call]}]
-    before = copy.deepcopy(messages)
-    encoder_of("byte-level").encode_chat(messages)
-    assert messages == before
-
-
-def shown(messages: list[dict[str, Any]], template: str, **arguments: Any) -> str:
-    tokenizer = byte_level(template)
-    encoder = PromptEncoder(tokenizer, max_model_len=1000)
-    return str(tokenizer.decode(encoder.encode_chat(messages, **arguments)))
-
-
-ROLES = "{% for m in messages %}{{ m.role }}={{ m.content }};{% endfor %}"
-
-
-def test_a_developer_is_a_system_unless_the_template_knows_developers() -> None:
-    messages = [{"role": "developer", "content": "x"}]
-    assert shown(messages, ROLES) == "system=x;"
-    assert shown(messages, ROLES + "{% if messages[0].role == 'developer' %}!{% endif %}") == "developer=x;!"
-
-
-def test_a_function_is_a_tool_where_the_template_knows_tools() -> None:
-    messages = [{"role": "function", "name": "f", "content": "x"}]
-    assert shown(messages, ROLES) == "function=x;"
-    assert shown(messages, ROLES + "{% if messages[0].role == 'tool' %}!{% endif %}") == "tool=x;!"
-
-
-def test_an_unknown_role_is_named() -> None:
-    with pytest.raises(PromptError, match="'robot' is not one of") as caught:
-        shown([*user("a"), {"role": "robot", "content": "x"}], ROLES)
-    assert caught.value.param == "messages[1].role"
-
-
-def test_parts_are_joined_as_they_are_and_null_is_empty() -> None:
-    parts = [{"type": "text", "text": "a"}, {"type": "refusal", "refusal": "b"}, {"type": "text", "text": " c"}]
-    assert shown([{"role": "user", "content": parts}, {"role": "assistant", "content": None}], ROLES) == (
-        "user=ab c;assistant=;"
-    )
-
-
-def test_a_part_that_is_no_text_is_named() -> None:
-    part = {"type": "image_url", "image_url": {"url": "x"}}
-    with pytest.raises(PromptError, match="'image_url' is not text") as caught:
-        shown(user([{"type": "text", "text": "a"}, part]), ROLES)
-    assert caught.value.param == "messages[0].content[1].type"
-
-
-@pytest.mark.parametrize("content", [3, {"a": 1}, [{"type": "text"}], [{"type": "text", "text": 1}], [None]])
-def test_content_of_another_shape_is_refused(content: Any) -> None:
-    with pytest.raises(PromptError, match="content"):
-        shown(user(content), ROLES)
-
-
-def test_a_template_that_wants_parts_gets_parts() -> None:
-    parts = "{% for m in messages %}{% for p in m.content %}[{{ p.text }}]{% endfor %}{% endfor %}"
-    assert shown(user("abc"), parts) == "[abc]"
-    assert shown(user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]), parts) == "[ab]"
-
-
-def test_missing_content_is_none_where_the_template_asks_for_none() -> None:
-    template = (
-        "{% for m in messages %}{% if m['content'] is none %}none{% else %}{{ m.content }}{% endif %};{% endfor %}"
-    )
-    assert shown([*user("a"), {"role": "assistant", "content": None}], template) == "a;none;"
-
-
-def test_arguments_of_a_tool_call_are_an_object_in_the_template() -> None:
-    template = (
-        "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.name }}:{{ c.function.arguments.city }}"
-        "{% endfor %}{{ m.tool_call_id }}{% endfor %}"
-    )
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"city": "Köln"}'}}
-    assistant = {"role": "assistant", "content": None, "tool_calls": [call]}
-    answer = {"role": "tool", "tool_call_id": "call_1", "content": "x"}
-    assert shown([*user("a"), assistant, answer], template) == "f:Kölncall_1"
-    older = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"city": "Bonn"}'}}
-    assert shown([*user("a"), older], template) == "f:Bonn"
-
-
-@pytest.mark.parametrize("arguments", ["{", "[1]", "3", 7])
-def test_arguments_that_are_no_json_object_are_refused(arguments: Any) -> None:
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
-    with pytest.raises(PromptError, match="arguments") as caught:
-        shown([*user("a"), {"role": "assistant", "tool_calls": [call]}], ROLES)
-    assert caught.value.param == "messages[1].tool_calls[0].function.arguments"
-
-
-def test_empty_tool_calls_and_nulls_are_as_if_not_there() -> None:
-    template = "{% for m in messages %}{{ 'tool_calls' in m }}{{ 'name' in m }}{% endfor %}"
-    assert shown([{"role": "user", "content": "a", "tool_calls": [], "name": None}], template) == "FalseFalse"
-
-
-def test_no_messages_are_refused() -> None:
-    with pytest.raises(PromptError, match="at least one message"):
-        encoder_of("byte-level").encode_chat([])
-
-
 # Templates
-
-
-def test_what_a_template_refuses_is_the_callers_to_mend() -> None:
-    with pytest.raises(PromptError, match="roles must alternate") as caught:
-        encoder_of("llama-first").encode_chat([*user("a"), *user("b")])
-    assert caught.value.param == "messages"
-
-
-@pytest.mark.parametrize("template", ["{{ messages[7].content }}", "{{ 1 + messages[0].content }}", "{{ x.y.z }}"])
-def test_what_a_template_cannot_cope_with_is_no_fault_of_the_server(template: str) -> None:
-    with pytest.raises(PromptError, match="chat template refuses"):
-        shown(user("a"), template)
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ messages.__class__.__mro__[1].__subclasses__() }}",
-        "{{ messages.append({'role': 'x'}) }}",
-        "{% for i in range(10000000) %}{% endfor %}",
-    ],
-)
-def test_templates_run_in_a_sandbox(template: str) -> None:
-    with pytest.raises(PromptError, match="chat template refuses"):
-        shown(user("a"), template)
-
-
-def test_a_template_that_is_no_jinja_is_an_error_of_the_model() -> None:
-    with pytest.raises(TokenizerError, match="not valid"):
-        PromptEncoder(byte_level("{% for %}"), max_model_len=10)
-
-
-def test_the_last_message_can_be_left_open() -> None:
-    messages = [*user("Hi"), {"role": "assistant", "content": "Sure: <|im_end|>"}]
-    text = shown(messages, CHATML, add_generation_prompt=False, continue_final_message=True)
-    assert text.endswith("<|im_start|>assistant\nSure: <|im_end|>")
-    with pytest.raises(PromptError, match="add_generation_prompt") as caught:
-        shown(messages, CHATML, continue_final_message=True)
-    assert caught.value.param == "continue_final_message"
-
-
-def test_the_models_turn_is_opened_only_when_asked_for() -> None:
-    assert shown(user("Hi"), CHATML).endswith("<|im_start|>assistant\n")
-    assert shown(user("Hi"), CHATML, add_generation_prompt=False).endswith("<|im_end|>\n")
-
-
-def test_more_variables_reach_the_template_but_none_that_it_has_already() -> None:
-    assert (
-        shown(
-            user("a"),
-            "{{ thinking }}{{ documents[0].text }}",
-            template_kwargs={
-                "thinking": "on",
-                "documents": [{"text": "<|im_end|>"}],
-            },
-        )
-        == "on<|im_end|>"
-    )
-    for name in ("messages", "chat_template", "tools", "eos_token", "add_generation_prompt", "raise_exception"):
-        with pytest.raises(PromptError, match=name) as caught:
-            shown(user("a"), ROLES, template_kwargs={name: "x"})
-        assert caught.value.param == "chat_template_kwargs"
-
-
-def test_a_template_of_its_own_for_tools_is_used_with_tools() -> None:
-    tokenizer = byte_level()
-    tokenizer.chat_template = {"default": "plain", "tool_use": "{{ tools[0].function.name }}"}
-    encoder = PromptEncoder(tokenizer, max_model_len=1000)
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    assert tokenizer.decode(encoder.encode_chat(user("a"), tools=tools)) == "f"
-    assert tokenizer.decode(encoder.encode_chat(user("a"))) == "plain"
-
-
-def test_a_model_without_a_template_gets_plain_lines(caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = sentencepiece(None)
-    with caplog.at_level(logging.WARNING):
-        encoder = PromptEncoder(tokenizer, max_model_len=1000)
-        assert not encoder.has_chat_template
-        messages: list[dict[str, Any]] = [{"role": "system", "content": "Be kind."}, *user("Hi </s>")]
-        token_ids = encoder.encode_chat(messages)
-        encoder.encode_chat(messages)
-    assert tokenizer.decode(token_ids, skip_special_tokens=True) == "System: Be kind.\nUser: Hi </s>\nAssistant:"
-    assert special_ids(tokenizer, token_ids) == [tokenizer.bos_token_id]
-    assert len([record for record in caplog.records if "no chat template" in record.message]) == 1
-    open_ids = encoder.encode_chat(messages, add_generation_prompt=False, continue_final_message=True)
-    assert tokenizer.decode(open_ids, skip_special_tokens=True).endswith("User: Hi </s>")
-    with pytest.raises(PromptError, match="no chat template"):
-        encoder.encode_chat(messages, tools=[{"type": "function", "function": {"name": "f"}}])
 
 
 # Limits
