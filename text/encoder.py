@@ -6,11 +6,12 @@ Called by prompt.py; safe to call from several threads at once.
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 
 from text.controls import ControlTokens, Marks, any_of
 
@@ -148,6 +149,9 @@ class _AliasTokenizer:
         self._tokenizer = tokenizer
         self._names = names
         self._pattern = any_of(names)
+        self._strings = {name: string for string, name in names.items()}
+        self._name_pattern = any_of(self._strings)
+        self._name_ids = frozenset(map(tokenizer.token_to_id, self._strings))
         self._ids = ids
         self._breaker = breaker
 
@@ -184,6 +188,9 @@ class _AliasTokenizer:
         parts[::2] = [self._pattern.sub(lambda found: self._names[found[0]], part) for part in parts[::2]]
         text = "".join(parts)
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        restored = self._restore_letters(text, encoding)
+        if restored != text:
+            text, encoding = restored, self._tokenizer.encode(restored, add_special_tokens=False)
         for _ in range(_MAX_BREAK_ROUNDS):
             # Some vocabularies make a control token out of its letters; a piece boundary within them prevents it.
             made = [
@@ -199,6 +206,22 @@ class _AliasTokenizer:
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
         meant = (self._ids.get(token_id, token_id) for token_id in encoding.ids)
         return [token_id for token_id in meant if token_id is not None]
+
+    def _restore_letters(self, text: str, encoding: Encoding) -> str:
+        """Give the template's control tokens their letters back where the tokenizer does not take them as tokens.
+
+        Llama 2's old kind takes one only where a text or a word begins: right after another it is its letters.
+        """
+        spans = zip(encoding.ids, encoding.offsets, strict=True)
+        taken = [span for token_id, span in spans if token_id in self._name_ids]
+        if len(taken) == sum(1 for _ in self._name_pattern.finditer(text)):
+            return text
+
+        def restored(found: re.Match[str]) -> str:
+            is_token = any(first < found.end() and found.start() < last for first, last in taken)
+            return found[0] if is_token else self._strings[found[0]]
+
+        return self._name_pattern.sub(restored, text)
 
 
 def _renamed(token: AddedToken, name: str) -> AddedToken:

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.text.vocabularies import BERT, CHATML, CORPUS, KINDS, LLAMA2, byt5, byte_level, sentencepiece, unigram
@@ -49,6 +49,7 @@ def special_ids(tokenizer: Any, token_ids: list[int]) -> list[int]:
 
 @kinds
 @given(content=st.text(max_size=60).filter(str.strip) | st.sampled_from(CORPUS))
+@example(content="<")  # which may begin a control token, so that the template's own are told from it
 def test_a_conversation_gives_the_ids_that_transformers_gives(kind: str, content: str) -> None:
     messages = [*user(content), {"role": "assistant", "content": "Fine."}, *user("  one two\n")]
     tokenizer = tokenizer_of(kind)
