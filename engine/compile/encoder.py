@@ -13,6 +13,7 @@ import pickle
 from collections.abc import Callable
 from collections.abc import Sequence as Series
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -110,7 +111,7 @@ class CompiledEncoder(TriedCode[EncoderInputs, EncoderCode]):
             if self._source.max_length is None
             else sorted({min(length, self._source.max_length) for length in _TRIAL_LENGTHS})
         )
-        return [lambda length=length: self._sample(size, length) for length in lengths]  # type: ignore[misc]
+        return [partial(self._sample, size, length) for length in lengths]
 
     def _sample(self, size: int, length: int | None) -> EncoderInputs:
         """Random sources, the same each time; of texts all but the first are shorter than the batch."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -76,13 +77,7 @@ class CudaRecorder:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
             self._num_bytes += max(0, torch.cuda.memory_reserved(self._device) - reserved)
 
-        def replay() -> torch.Tensor:
-            graph.replay()
-            return result
-
-        # Whatever the graph calls must stay loaded, and what it reads allocated, for as long as it may be replayed.
-        replay.holds = compute  # type: ignore[attr-defined]
-        return replay
+        return _Replay(graph, result, compute)
 
     def _warm_up(self, compute: Compute) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -107,6 +102,19 @@ class CudaRecorder:
             generator = torch.cuda.default_generators[self._device.index]
             state = torch.Generator(self._device).manual_seed(generator.initial_seed())
             generator.graphsafe_set_state(state)
+
+
+@dataclass(frozen=True, slots=True)
+class _Replay:
+    """Does a capture again; what was captured stays loaded, and what it reads allocated, as long as this is there."""
+
+    graph: torch.cuda.CUDAGraph
+    result: torch.Tensor
+    captured: Compute
+
+    def __call__(self) -> torch.Tensor:
+        self.graph.replay()
+        return self.result
 
 
 def recorder_for(device: torch.device) -> Recorder | None:

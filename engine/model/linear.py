@@ -22,6 +22,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -210,7 +211,7 @@ def _measure(module: nn.Linear, kernels: NativeKernels | None) -> str | int:
             x = torch.randn(num_rows, packed.in_features, dtype=module.weight.dtype)
             if not _is_equal(packed(x), module(x)):
                 return "not equal when packed"
-            taken = time_in_turn(lambda x=x: module(x), lambda x=x: packed(x))  # type: ignore[misc]
+            taken = time_in_turn(partial(module, x), partial(packed, x))
             plain_s += taken[0]
             packed_s += taken[1]
     except RuntimeError as error:
@@ -235,7 +236,7 @@ def _native_rows(module: nn.Linear, packed: PackedLinear, kernels: NativeKernels
         if not _is_equal(native(x), module(x)):
             logger.warning("our kernel for packed linears gives something else than torch's, and is not used")
             return 0
-        native_s, packed_s = time_in_turn(lambda x=x: native(x), lambda x=x: packed(x))  # type: ignore[misc]
+        native_s, packed_s = time_in_turn(partial(native, x), partial(packed, x))
         share *= native_s / packed_s
     return NATIVE_ROWS[-1] if share < 1 else 0
 

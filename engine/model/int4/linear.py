@@ -7,6 +7,7 @@ Made by model/quantize.py while a checkpoint is read.
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -107,8 +108,8 @@ def measure_min_dense_rows(kernel: type[PackedInt4], weight: Int4Weight) -> int 
     for num_rows in MEASURED_ROWS:
         x = torch.randn(num_rows, part.num_columns, device=weight.codes.device).bfloat16()
         kernel_s, dense_s = time_in_turn(
-            lambda x=x: part.multiply(x),  # type: ignore[misc]
-            lambda x=x: part.multiply_dense(x, scratch),  # type: ignore[misc]
+            partial(part.multiply, x),
+            partial(part.multiply_dense, x, scratch),
         )
         if dense_s < kernel_s:
             return num_rows
