@@ -23,6 +23,8 @@ from engine.compile.tried import Call, Runs, TriedCode, load_package, time_run
 from engine.config import CompileConfig
 from engine.model import operators  # registers what compiled code calls
 from engine.model.encoder import EncoderInputs, PlainEncoder
+from engine.model.native_kernels import NativeKernels
+from engine.model.native_step import kernels_of
 from engine.model.selfcheck import judge, row_errors
 
 MAX_SOURCES = 4
@@ -34,14 +36,17 @@ assert operators.NAMESPACE
 
 @dataclass(frozen=True, slots=True)
 class EncoderCode:
-    """One size's code with the encoder's tensors, in the order of the skeleton."""
+    """One size's code with the encoder's tensors, and our kernels, where it calls them."""
 
     size: int
     call: Call
     tensors: list[torch.Tensor]
+    kernels: NativeKernels | None
 
     def run(self, inputs: EncoderInputs, /) -> torch.Tensor:
         """As EncoderProgram.run, for `size` sources."""
+        if self.kernels is not None:
+            self.kernels.follow_threads()
         more = () if inputs.mask is None else (inputs.mask,)
         return self.call([*self.tensors, inputs.values, *more])[0]
 
@@ -56,6 +61,7 @@ class CompiledEncoder(TriedCode[EncoderInputs, EncoderCode]):
         source: what one source is.
         sizes: numbers of sources, ascending.
         may_start: whether compiling may begin: one thing is compiled at a time.
+        kernels: our own, where the encoder has them.
         load, measure: of a package and of a run's seconds; for tests.
     """
 
@@ -71,6 +77,7 @@ class CompiledEncoder(TriedCode[EncoderInputs, EncoderCode]):
         sizes: Series[int],
         *,
         may_start: Callable[[], bool] = lambda: True,
+        kernels: NativeKernels | None = None,
         load: Callable[[Package], Call] = load_package,
         measure: Callable[[Runs[EncoderInputs], EncoderInputs], float] = time_run,
     ) -> None:
@@ -79,6 +86,7 @@ class CompiledEncoder(TriedCode[EncoderInputs, EncoderCode]):
         self._source = source
         self._wanted = tuple(sizes)
         self._may_start = may_start
+        self._kernels = kernels
 
     def run(self, inputs: EncoderInputs, /) -> torch.Tensor:
         """As EncoderProgram.run."""
@@ -103,7 +111,7 @@ class CompiledEncoder(TriedCode[EncoderInputs, EncoderCode]):
         super().advance()
 
     def _code(self, size: int, call: Call) -> EncoderCode:
-        return EncoderCode(size, call, self._tensors)
+        return EncoderCode(size, call, self._tensors, self._kernels)
 
     def _samples(self, size: int) -> list[Callable[[], EncoderInputs]]:
         lengths = (
@@ -140,10 +148,11 @@ def compile_encoder(
     Raises:
         ValueError: it cannot be handed to another process.
     """
+    kernels = kernels_of(program.model)
     try:
-        skeleton, tensors = take_skeleton(program, program.model, source=source)
+        skeleton, tensors = take_skeleton(program, program.model, is_native=kernels is not None, source=source)
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise ValueError(f"--torch-compile True: this model's encoder cannot be taken apart: {error}") from error
     sizes = [size for size in config.sizes or (1, 2, MAX_SOURCES) if size <= min(max_sources, MAX_SOURCES)]
     compiler = Compiler(skeleton, config.directory, is_autotuned=config.is_autotuned)
-    return CompiledEncoder(program, tensors, compiler, source, sizes, may_start=may_start)
+    return CompiledEncoder(program, tensors, compiler, source, sizes, may_start=may_start, kernels=kernels)

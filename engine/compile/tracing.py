@@ -7,6 +7,7 @@ Called by compile/worker.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ class _Encoder(nn.Module):
         program = put_on(self._skeleton.data, tensors)
         # Texts have any length, and a graph cannot choose between two kernels by it.
         _prepare(program.model, is_native=False)
-        AttentionInterface.register(encoder_attention.NAME, _attend_whole)
+        AttentionInterface.register(encoder_attention.NAME, partial(_attend_whole, is_native=self._skeleton.is_native))
         try:
             return (program.run(EncoderInputs(inputs[0], inputs[1] if len(inputs) > 1 else None)),)
         finally:
@@ -137,12 +138,15 @@ def _attend_whole(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    *,
+    is_native: bool,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """As encoder_attention, which is hundreds of products and takes so long that a way through Python is nothing."""
+    """As encoder_attention; in blocks it takes so long that a way through Python is nothing."""
     if attention_mask is not None:
         raise NotImplementedError("a speech encoder has no mask")
-    return _ops.attend_whole(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+    attend = _ops.attend_positions if is_native and can_attend(query, key, value) else _ops.attend_whole
+    return attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
 
 
 def _prepare(model: nn.Module, *, is_native: bool) -> None:

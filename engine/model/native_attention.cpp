@@ -1,4 +1,5 @@
-// Attention of a decode step over slots: each row is one new token of a sequence, which sees what its slot holds.
+// Attention of a step over slots: each run is a sequence's new tokens, which see what its slot holds. Single tokens are
+// attended to here, longer runs by native_blocks.h.
 // Called by native_kernels.py, and by compiled steps through native_shims.cpp; the twin is attend_flat of attention.py.
 //
 // Why: called through Python, a layer of a step of one row takes 100 microseconds, of which 10 are arithmetic.
@@ -8,46 +9,10 @@
 #include <cmath>
 #include <vector>
 
-#include "native_vectors.h"
+#include "native_blocks.h"
+#include "native_values.h"
 
 namespace {
-
-// What is read of K, V and Q, whatever it is made of.
-struct Bf16 {
-    using Value = uint16_t;
-    static constexpr int64_t STEP = 2 * LANES;  // values in one product
-    AVX512_BF16 static __m512 multiply(__m512 sum, const Value* a, const Value* b) {
-        return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(_mm512_loadu_si512(a)),
-                                reinterpret_cast<__m512bh>(_mm512_loadu_si512(b)));
-    }
-    AVX512_BF16 static __m512 load(const Value* from) { return widen(from); }
-    AVX512_BF16 static void store(Value* to, __m512 values) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)));
-    }
-};
-
-struct Float32 {
-    using Value = float;
-    static constexpr int64_t STEP = LANES;
-    AVX512_BF16 static __m512 multiply(__m512 sum, const Value* a, const Value* b) {
-        return _mm512_fmadd_ps(_mm512_loadu_ps(a), _mm512_loadu_ps(b), sum);
-    }
-    AVX512_BF16 static __m512 load(const Value* from) { return _mm512_loadu_ps(from); }
-    AVX512_BF16 static void store(Value* to, __m512 values) { _mm512_storeu_ps(to, values); }
-};
-
-// e^x to float32's precision; 0 where x is below the smallest normal number's logarithm, NaN where x is: a row of NaN
-// has to be noticed.
-AVX512_BF16 inline __m512 exponential(__m512 x) {
-    const __mmask16 is_normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_NLE_UQ);
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.0f / 5040);
-    for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-    return _mm512_maskz_scalef_ps(is_normal, p, n);
-}
 
 // Scores of one query over keys that lie one after the other; `scores` has room for a multiple of LANES of them.
 template <typename T>
@@ -59,12 +24,14 @@ AVX512_BF16 void score(const typename T::Value* query, const typename T::Value* 
         __m512 sum[4];
         for (int i = 0; i < 4; i++) sum[i] = _mm512_setzero_ps();
         for (int64_t d = 0; d < dim; d += T::STEP)
-            for (int i = 0; i < 4; i++) sum[i] = T::multiply(sum[i], query + d, k + i * dim + d);
+            for (int i = 0; i < 4; i++)
+                sum[i] = T::multiply(sum[i], _mm512_loadu_si512(query + d), _mm512_loadu_si512(k + i * dim + d));
         _mm_storeu_ps(scores + key, _mm_mul_ps(sum_lanes(sum[0], sum[1], sum[2], sum[3]), _mm_set1_ps(scaling)));
     }
     for (; key < num_keys; key++) {
         __m512 sum = _mm512_setzero_ps();
-        for (int64_t d = 0; d < dim; d += T::STEP) sum = T::multiply(sum, query + d, keys + key * dim + d);
+        for (int64_t d = 0; d < dim; d += T::STEP)
+            sum = T::multiply(sum, _mm512_loadu_si512(query + d), _mm512_loadu_si512(keys + key * dim + d));
         scores[key] = _mm512_reduce_add_ps(sum) * scaling;
     }
 }
@@ -77,12 +44,7 @@ AVX512_BF16 float weigh(float* scores, int64_t num_keys, float softcap, const fl
     for (int64_t i = 0; i < stop; i += LANES) {
         __m512 x = _mm512_loadu_ps(scores + i);
         if (softcap > 0) {
-            // c tanh(x / c) = c - 2 c / (e^(2 x / c) + 1); the exponent is bounded, where tanh is 1 long
-            // since; a NaN stays one, as the second of two.
-            const __m512 cap = _mm512_set1_ps(softcap), one = _mm512_set1_ps(1);
-            const __m512 twice = _mm512_min_ps(_mm512_set1_ps(80), _mm512_div_ps(_mm512_add_ps(x, x), cap));
-            const __m512 share = _mm512_div_ps(_mm512_set1_ps(2), _mm512_add_ps(exponential(twice), one));
-            x = _mm512_mul_ps(cap, _mm512_sub_ps(one, share));
+            x = bounded(x, softcap);
             if (i + LANES > num_keys)
                 x = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), (1 << (num_keys - i)) - 1, x);
             _mm512_storeu_ps(scores + i, x);
@@ -129,63 +91,150 @@ AVX512_BF16 void mix_all(const float* weights, int64_t room, const float* sums, 
     for (; d < dim; d += LANES) mix<T, G, 1>(weights, room, sums, values, num_keys, dim, d, out);
 }
 
-// One row's attention over one KV head, which its new K and V join first.
+// One step's attention in one layer.
 template <typename T>
-AVX512_BF16 void attend_head(const AttentionCall& call, const StepRow& row, int64_t index, int64_t head) {
+struct Layer {
     using Value = typename T::Value;
-    const int64_t group = call.num_heads / call.num_kv_heads;
-    const int64_t place = (row.slot * call.num_kv_heads + head) * row.capacity;
-    Value* keys = reinterpret_cast<Value*>(row.pointers[2 * call.layer]) + place * call.key_dim;
-    Value* values = reinterpret_cast<Value*>(row.pointers[2 * call.layer + 1]) + place * call.value_dim;
-    const auto at = [&](const Strided& t, int64_t h) {
-        return static_cast<const Value*>(t.data) + h * t.head_stride + index * t.row_stride;
-    };
-    const int64_t last = row.length - 1;
-    std::memcpy(keys + last * call.key_dim, at(call.key, head), call.key_dim * sizeof(Value));
-    std::memcpy(values + last * call.value_dim, at(call.value, head), call.value_dim * sizeof(Value));
-    const int64_t first = call.window > 0 ? std::max<int64_t>(0, row.length - call.window) : 0;
-    const int64_t num_keys = row.length - first;
-    const int64_t room = (num_keys + LANES - 1) / LANES * LANES;
-    static thread_local std::vector<float> scores;
-    if (static_cast<int64_t>(scores.size()) < 4 * room) scores.resize(4 * room);
-    keys += first * call.key_dim;
-    values += first * call.value_dim;
-    Value* out = static_cast<Value*>(call.out) + (index * call.num_heads + head * group) * call.value_dim;
-    for (int64_t g = 0; g < group;) {
-        const int64_t count = std::min<int64_t>(4, group - g);
-        float sums[4];
-        for (int64_t i = 0; i < count; i++) {
-            const int64_t query_head = head * group + g + i;
-            score<T>(at(call.query, query_head), keys, num_keys, call.key_dim, call.scaling, scores.data() + i * room);
-            const float* sink = call.sinks ? call.sinks + query_head : nullptr;
-            sums[i] = weigh(scores.data() + i * room, num_keys, call.softcap, sink);
-        }
-        Value* to = out + g * call.value_dim;
-        switch (count) {
-            case 4: mix_all<T, 4>(scores.data(), room, sums, values, num_keys, call.value_dim, to); break;
-            case 3: mix_all<T, 3>(scores.data(), room, sums, values, num_keys, call.value_dim, to); break;
-            case 2: mix_all<T, 2>(scores.data(), room, sums, values, num_keys, call.value_dim, to); break;
-            case 1: mix_all<T, 1>(scores.data(), room, sums, values, num_keys, call.value_dim, to); break;
-        }
-        g += count;
+    const AttentionCall& call;
+    const Step& step;
+
+    int64_t group() const { return call.num_heads / call.num_kv_heads; }
+
+    static const Value* at(const Strided& t, int64_t head, int64_t token) {
+        return static_cast<const Value*>(t.data) + head * t.head_stride + token * t.row_stride;
     }
-}
+
+    Value* keys_of(const StepRun& run, int64_t head) const { return cached(run, head, 0, call.key_dim); }
+    Value* values_of(const StepRun& run, int64_t head) const { return cached(run, head, 1, call.value_dim); }
+    Value* cached(const StepRun& run, int64_t head, int64_t which, int64_t dim) const {
+        const int64_t place = (run.slot * call.num_kv_heads + head) * run.capacity;
+        return reinterpret_cast<Value*>(run.pointers[2 * call.layer + which]) + place * dim;
+    }
+
+    Value* out_of(int64_t token, int64_t head) const {
+        return static_cast<Value*>(call.out) + (token * call.num_heads + head) * call.value_dim;
+    }
+
+    // A run's new K and V join its slot's.
+    AVX512_BF16 void write(const StepRun& run, int64_t head) const {
+        const int64_t start = run.length - run.num_tokens;
+        Value *keys = keys_of(run, head) + start * call.key_dim, *values = values_of(run, head) + start * call.value_dim;
+        for (int64_t i = 0; i < run.num_tokens; i++, keys += call.key_dim, values += call.value_dim) {
+            std::memcpy(keys, at(call.key, head, run.first + i), call.key_dim * sizeof(Value));
+            std::memcpy(values, at(call.value, head, run.first + i), call.value_dim * sizeof(Value));
+        }
+    }
+
+    // A single token.
+    AVX512_BF16 void attend_row(const StepRun& run, int64_t head) const {
+        const int64_t first = call.window > 0 ? std::max<int64_t>(0, run.length - call.window) : 0;
+        const int64_t num_keys = run.length - first;
+        const int64_t room = (num_keys + LANES - 1) / LANES * LANES;
+        static thread_local std::vector<float> scores;
+        if (static_cast<int64_t>(scores.size()) < 4 * room) scores.resize(4 * room);
+        const Value* keys = keys_of(run, head) + first * call.key_dim;
+        const Value* values = values_of(run, head) + first * call.value_dim;
+        for (int64_t g = 0; g < group();) {
+            const int64_t count = std::min<int64_t>(4, group() - g), query_head = head * group() + g;
+            float sums[4];
+            for (int64_t i = 0; i < count; i++) {
+                score<T>(at(call.query, query_head + i, run.first), keys, num_keys, call.key_dim, call.scaling,
+                         scores.data() + i * room);
+                const float* sink = call.sinks ? call.sinks + query_head + i : nullptr;
+                sums[i] = weigh(scores.data() + i * room, num_keys, call.softcap, sink);
+            }
+            Value* to = out_of(run.first, query_head);
+            switch (count) {
+                case 4: mix_all<T, 4>(scores.data(), room, sums, values, num_keys, call.value_dim, to); break;
+                case 3: mix_all<T, 3>(scores.data(), room, sums, values, num_keys, call.value_dim, to); break;
+                case 2: mix_all<T, 2>(scores.data(), room, sums, values, num_keys, call.value_dim, to); break;
+                case 1: mix_all<T, 1>(scores.data(), room, sums, values, num_keys, call.value_dim, to); break;
+            }
+            g += count;
+        }
+    }
+
+    // `num_tokens` of a run from its `token` on.
+    AVX512_BF16 void attend_tokens(const StepRun& run, int64_t head, int64_t token, int64_t num_tokens) const {
+        for (int64_t g = 0; g < group(); g += BLOCK_ROWS) {
+            const int64_t num_heads = std::min(BLOCK_ROWS, group() - g), query_head = head * group() + g;
+            attend_block<T>({
+                at(call.query, query_head, run.first + token), keys_of(run, head), values_of(run, head),
+                call.query.row_stride, call.query.head_stride, call.key_dim, call.value_dim,
+                out_of(run.first + token, query_head), call.num_heads * call.value_dim, call.value_dim,
+                num_heads, num_tokens * num_heads, call.key_dim, call.value_dim,
+                run.length - run.num_tokens + token + 1, true, call.window, call.scaling, call.softcap,
+                call.sinks ? call.sinks + query_head : nullptr,
+            });
+        }
+    }
+
+    AVX512_BF16 void attend() const {
+        const int64_t row_size = call.num_heads * call.value_dim;
+        auto* out = static_cast<Value*>(call.out);
+        std::fill(out + step.num_tokens * row_size, out + call.num_tokens * row_size, Value{});
+        struct Item {
+            const StepRun* run;
+            int64_t head, token, num_tokens;
+        };
+        static thread_local std::vector<Item> items;
+        items.clear();
+        int64_t work = 0;
+        const int64_t block = std::max<int64_t>(1, BLOCK_ROWS / group());
+        for (int64_t i = step.num_runs - 1; i >= 0; i--) {  // the longest are the last, and are best begun first
+            const StepRun& run = step.runs[i];
+            work += run.length * run.num_tokens;
+            for (int64_t head = 0; head < call.num_kv_heads; head++)
+                for (int64_t token = run.num_tokens - 1; token >= 0; token -= block) {
+                    const int64_t first = std::max<int64_t>(0, token + 1 - block);
+                    items.push_back({&run, head, first, token + 1 - first});
+                }
+        }
+        work *= call.num_heads * (call.key_dim + call.value_dim);
+        const auto* all = items.data();
+        const int64_t num_items = items.size(), num_writes = step.num_runs * call.num_kv_heads;
+        // Some 10 microseconds of one thread's work, below which it is not worth waking others.
+        const bool is_shared = step.num_threads > 1 && num_items > 1 && work > 200'000;
+#pragma omp parallel num_threads(step.num_threads) if (is_shared)
+        {
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < num_writes; i++) write(step.runs[i / call.num_kv_heads], i % call.num_kv_heads);
+#pragma omp for schedule(dynamic)
+            for (int64_t i = 0; i < num_items; i++) {
+                const Item& item = all[i];
+                if (item.run->num_tokens == 1) attend_row(*item.run, item.head);
+                else attend_tokens(*item.run, item.head, item.token, item.num_tokens);
+            }
+        }
+    }
+};
 
 template <typename T>
-AVX512_BF16 void attend_rows(const AttentionCall& call, const Step& step) {
-    const int64_t size = call.num_heads * call.value_dim;
-    auto* out = static_cast<typename T::Value*>(call.out);
-    std::fill(out + step.num_rows * size, out + call.num_rows * size, typename T::Value{});
-    const int64_t num_items = step.num_rows * call.num_kv_heads;
-    int64_t work = 0;
-    for (int64_t i = 0; i < step.num_rows; i++) work += step.rows[i].length;
-    work *= call.num_heads * (call.key_dim + call.value_dim);
-    // Some 10 microseconds of one thread's work, below which it is not worth waking others.
-    const bool is_shared = step.num_threads > 1 && num_items > 1 && work > 200'000;
-#pragma omp parallel for num_threads(step.num_threads) if (is_shared) schedule(dynamic)
+AVX512_BF16 void attend_sequences(const WholeCall& call) {
+    using Value = typename T::Value;
+    const int64_t group = call.num_heads / call.num_kv_heads, heads_at_once = std::min(BLOCK_ROWS, group);
+    const int64_t block = BLOCK_ROWS / heads_at_once, num_blocks = (call.num_positions + block - 1) / block;
+    const int64_t num_items = call.num_sequences * call.num_kv_heads * num_blocks;
+    const auto at = [](const Strided& t, int64_t batch_stride, int64_t sequence, int64_t head, int64_t row) {
+        return static_cast<const Value*>(t.data) + sequence * batch_stride + head * t.head_stride + row * t.row_stride;
+    };
+#pragma omp parallel for num_threads(call.num_threads) if (call.num_threads > 1) schedule(dynamic)
     for (int64_t item = 0; item < num_items; item++) {
-        const int64_t row = item / call.num_kv_heads;
-        attend_head<T>(call, step.rows[row], row, item % call.num_kv_heads);
+        const int64_t first = item % num_blocks * block, num_rows = std::min(block, call.num_positions - first);
+        const int64_t head = item / num_blocks % call.num_kv_heads, sequence = item / num_blocks / call.num_kv_heads;
+        for (int64_t g = 0; g < group; g += heads_at_once) {
+            const int64_t num_heads = std::min(heads_at_once, group - g), query_head = head * group + g;
+            Value* out = static_cast<Value*>(call.out) +
+                         ((sequence * call.num_positions + first) * call.num_heads + query_head) * call.value_dim;
+            attend_block<T>({
+                at(call.query, call.query_batch, sequence, query_head, first),
+                at(call.key, call.key_batch, sequence, head, 0), at(call.value, call.value_batch, sequence, head, 0),
+                call.query.row_stride, call.query.head_stride, call.key.row_stride, call.value.row_stride,
+                out, call.num_heads * call.value_dim, call.value_dim,
+                num_heads, num_rows * num_heads, call.key_dim, call.value_dim,
+                call.num_positions, false, 0, call.scaling, 0, nullptr,
+            });
+        }
     }
 }
 
@@ -198,9 +247,13 @@ const Step*& current_step() {
 
 bool attend_slots(const AttentionCall& call) {
     const Step* step = current_step();
-    if (!step || step->num_rows > call.num_rows || call.layer >= step->num_layers) return false;
-    call.is_bf16 ? attend_rows<Bf16>(call, *step) : attend_rows<Float32>(call, *step);
+    if (!step || step->num_tokens > call.num_tokens || call.layer >= step->num_layers) return false;
+    call.is_bf16 ? Layer<Bf16>{call, *step}.attend() : Layer<Float32>{call, *step}.attend();
     return true;
+}
+
+void attend_whole(const WholeCall& call) {
+    call.is_bf16 ? attend_sequences<Bf16>(call) : attend_sequences<Float32>(call);
 }
 
 // The step that attention of this thread refers to from here on; null for none.
@@ -208,3 +261,4 @@ extern "C" void set_step(const Step* step) { current_step() = step; }
 
 // The same for callers in other languages.
 extern "C" int attend_call(const AttentionCall* call) { return attend_slots(*call); }
+extern "C" void attend_whole_call(const WholeCall* call) { attend_whole(*call); }

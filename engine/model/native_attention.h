@@ -4,15 +4,17 @@
 
 #include <cstdint>
 
-struct StepRow {
+// New tokens of one sequence, side by side in the step.
+struct StepRun {
     const int64_t* pointers;  // [layers, 2]: where the arena's K and V of each layer begin, as numbers
     int64_t slot, capacity;
-    int64_t length;  // keys that the row sees when its own has joined them
+    int64_t length;              // keys that the last token sees when all of the run's have joined them
+    int64_t first, num_tokens;  // of the step's tokens
 };
 
 struct Step {
-    int64_t num_rows, num_layers, num_threads;
-    const StepRow* rows;
+    int64_t num_runs, num_tokens, num_layers, num_threads;
+    const StepRun* runs;
 };
 
 struct Strided {
@@ -23,11 +25,23 @@ struct Strided {
 struct AttentionCall {
     Strided query, key, value;
     const float* sinks;  // [heads] or null
-    void* out;           // [rows, heads, value_dim]
+    void* out;           // [tokens, heads, value_dim]
     int64_t is_bf16;     // or float32
-    int64_t num_rows, num_heads, num_kv_heads, key_dim, value_dim, layer, window;  // 0 for no window
+    int64_t num_tokens, num_heads, num_kv_heads, key_dim, value_dim, layer, window;  // 0 for no window
     float scaling, softcap;                                                        // 0 for no softcap
 };
 
-// Attention of the current step's rows; false where there is none or it is another. Rows behind its own become zeros.
+// Attention of the current step's tokens; false where there is none or it is another. Those behind its own become zeros.
 bool attend_slots(const AttentionCall& call);
+
+// Attention of whole sequences, each over itself, where every position sees every other.
+struct WholeCall {
+    Strided query, key, value;
+    int64_t query_batch, key_batch, value_batch;  // strides of sequences
+    void* out;                                    // [sequences, positions, heads, value_dim]
+    int64_t is_bf16;
+    int64_t num_sequences, num_positions, num_heads, num_kv_heads, key_dim, value_dim, num_threads;
+    float scaling;
+};
+
+void attend_whole(const WholeCall& call);

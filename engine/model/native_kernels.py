@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
 SOURCES = tuple(_HERE / f"native_{name}.cpp" for name in ("kernels", "attention", "shims"))
-HEADERS = tuple(_HERE / f"native_{name}.h" for name in ("vectors", "attention"))
+HEADERS = tuple(_HERE / f"native_{name}.h" for name in ("vectors", "values", "blocks", "attention"))
 COMPILERS = ("c++", "g++", "clang++")
 _TORCH = Path(torch.__file__).parent
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", f"-I{_HERE}", f"-I{_TORCH / 'include'}")
@@ -50,6 +50,7 @@ SHIMS = {
         "(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, int64_t, double, int64_t, double, "
         "AtenTensorHandle*)"
     ),
+    "attend_positions": "(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, double, AtenTensorHandle*)",
 }
 """Operators (model/operators.py) that code made by AOTInductor may call as functions of the library: C parameters."""
 
@@ -64,10 +65,22 @@ class _AttentionCall(ctypes.Structure):
 
     _fields_ = [
         *((f"{tensor}_{part}", ctypes.c_int64) for tensor in "qkv" for part in ("data", "head_stride", "row_stride")),
-        *((name, ctypes.c_int64) for name in ("sinks", "out", "is_bf16", "num_rows", "num_heads", "num_kv_heads")),
+        *((name, ctypes.c_int64) for name in ("sinks", "out", "is_bf16", "num_tokens", "num_heads", "num_kv_heads")),
         *((name, ctypes.c_int64) for name in ("key_dim", "value_dim", "layer", "window")),
         ("scaling", ctypes.c_float),
         ("softcap", ctypes.c_float),
+    ]
+
+
+class _WholeCall(ctypes.Structure):
+    """WholeCall of native_attention.h."""
+
+    _fields_ = [
+        *((f"{tensor}_{part}", ctypes.c_int64) for tensor in "qkv" for part in ("data", "head_stride", "row_stride")),
+        *((f"{tensor}_batch", ctypes.c_int64) for tensor in "qkv"),
+        *((name, ctypes.c_int64) for name in ("out", "is_bf16", "num_sequences", "num_positions", "num_heads")),
+        *((name, ctypes.c_int64) for name in ("num_kv_heads", "key_dim", "value_dim", "num_threads")),
+        ("scaling", ctypes.c_float),
     ]
 
 
@@ -98,6 +111,9 @@ class NativeKernels:
         self._packed_multiply.restype = None
         self._attend_call = library.attend_call
         self._attend_call.argtypes = [pointer]
+        self._attend_whole_call = library.attend_whole_call
+        self._attend_whole_call.argtypes = [pointer]
+        self._attend_whole_call.restype = None
         self._set_step = library.set_step
         self._set_step.argtypes = [pointer]
         self._set_step.restype = None
@@ -170,18 +186,18 @@ class NativeKernels:
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """Attention of a layer's single tokens over the current step's slots, which gain their K and V: [1, B, H, Dv].
+        """Attention of a layer's tokens over the current step's slots, which gain their K and V: [1, T, H, Dv].
 
         Args:
-            query, key, value: [1, H, B, D] as model/native_step.py's can_attend says, values of a head in one run.
+            query, key, value: [1, H, T, D] as model/native_step.py's can_attend says, values of a head in one run.
             sinks: [H] or None.
 
         Raises:
-            RuntimeError: there is no step, or it has no such layer, or more rows.
+            RuntimeError: there is no step, or it has no such layer, or more tokens.
         """
-        _, num_heads, num_rows, key_dim = query.shape
+        _, num_heads, num_tokens, key_dim = query.shape
         value_dim = value.shape[3]
-        out = query.new_empty((1, num_rows, num_heads, value_dim))
+        out = query.new_empty((1, num_tokens, num_heads, value_dim))
         sinks = None if sinks is None else sinks.float()
         strides = [tensor.stride() for tensor in (query, key, value)]
         if any(stride[3] != 1 for stride in strides):
@@ -190,16 +206,41 @@ class NativeKernels:
         call = _AttentionCall(
             query.data_ptr(), q_head, q_row, key.data_ptr(), k_head, k_row, value.data_ptr(), v_head, v_row,
             0 if sinks is None else sinks.data_ptr(), out.data_ptr(), query.dtype is torch.bfloat16,
-            num_rows, num_heads, key.shape[1], key_dim, value_dim, layer, window or 0, scaling, softcap or 0.0,
+            num_tokens, num_heads, key.shape[1], key_dim, value_dim, layer, window or 0, scaling, softcap or 0.0,
         )  # fmt: skip
         if not self._attend_call(ctypes.byref(call)):
-            raise RuntimeError(f"attention of {num_rows} rows in layer {layer} is not of the current step")
+            raise RuntimeError(f"attention of {num_tokens} tokens in layer {layer} is not of the current step")
         return out
+
+    def attend_positions(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Attention of sequences over themselves, without a mask: [B, L, H, Dv].
+
+        Args:
+            query, key, value: [B, H, L, D] as model/native_step.py's can_attend says, values of a head in one run.
+        """
+        num_sequences, num_heads, num_positions, key_dim = query.shape
+        value_dim = value.shape[3]
+        out = query.new_empty((num_sequences, num_positions, num_heads, value_dim))
+        strides = [tensor.stride() for tensor in (query, key, value)]
+        if any(stride[3] != 1 for stride in strides) or key.shape[2] != num_positions:
+            raise RuntimeError("expected as many keys as queries, and heads whose values lie one after the other")
+        (q_batch, q_head, q_row, _), (k_batch, k_head, k_row, _), (v_batch, v_head, v_row, _) = strides
+        call = _WholeCall(
+            query.data_ptr(), q_head, q_row, key.data_ptr(), k_head, k_row, value.data_ptr(), v_head, v_row,
+            q_batch, k_batch, v_batch, out.data_ptr(), query.dtype is torch.bfloat16,
+            num_sequences, num_positions, num_heads, key.shape[1], key_dim, value_dim, torch.get_num_threads(), scaling,
+        )  # fmt: skip
+        self._attend_whole_call(ctypes.byref(call))
+        return out
+
+    def follow_threads(self) -> None:
+        """Have what compiled code calls use as many threads as torch does."""
+        self._set_num_threads(torch.get_num_threads())
 
     @contextmanager
     def step(self, address: int) -> Iterator[None]:
         """Make a native step (model/native_step.py) this thread's current one while the block runs."""
-        self._set_num_threads(torch.get_num_threads())
+        self.follow_threads()
         self._set_step(address)
         try:
             yield

@@ -112,17 +112,17 @@ extern "C" AOTITorchError aoti_torch_cpu_int4_multiply(AtenTensorHandle x, AtenT
     return AOTI_TORCH_SUCCESS;
 }
 
-// query [1, H, B, Dk], key and value [1, Hkv, B, D] of any strides but the last: [1, B, H, Dv].
+// query [1, H, T, Dk], key and value [1, Hkv, T, D] of any strides but the last: [1, T, H, Dv].
 extern "C" AOTITorchError aoti_torch_cpu_attend_slots(AtenTensorHandle query, AtenTensorHandle key,
                                                       AtenTensorHandle value, AtenTensorHandle* sinks, int64_t layer,
                                                       double scaling, int64_t window, double softcap,
                                                       AtenTensorHandle* made) {
     const Shape q(query), k(key), v(value);
-    const int64_t num_rows = q.sizes[2], num_heads = q.sizes[1];
+    const int64_t num_tokens = q.sizes[2], num_heads = q.sizes[1];
     if (q.strides[3] != 1 || k.strides[3] != 1 || v.strides[3] != 1) return FAILED;
     int32_t dtype = 0;
     aoti_torch_get_dtype(query, &dtype);
-    if (const auto error = make({1, num_rows, num_heads, v.last()}, dtype, made)) return error;
+    if (const auto error = make({1, num_tokens, num_heads, v.last()}, dtype, made)) return error;
     const AttentionCall call{
         {data_of<void>(query), q.strides[1], q.strides[2]},
         {data_of<void>(key), k.strides[1], k.strides[2]},
@@ -130,8 +130,30 @@ extern "C" AOTITorchError aoti_torch_cpu_attend_slots(AtenTensorHandle query, At
         sinks ? data_of<float>(*sinks) : nullptr,
         data_of<void>(*made),
         is_bf16(query),
-        num_rows, num_heads, k.sizes[1], k.last(), v.last(), layer, window,
+        num_tokens, num_heads, k.sizes[1], k.last(), v.last(), layer, window,
         static_cast<float>(scaling), static_cast<float>(softcap),
     };
     return attend_slots(call) ? AOTI_TORCH_SUCCESS : FAILED;
+}
+
+// query [B, H, L, Dk], key and value [B, Hkv, L, D] of any strides but the last: [B, L, H, Dv].
+extern "C" AOTITorchError aoti_torch_cpu_attend_positions(AtenTensorHandle query, AtenTensorHandle key,
+                                                          AtenTensorHandle value, double scaling,
+                                                          AtenTensorHandle* made) {
+    const Shape q(query), k(key), v(value);
+    if (q.strides[3] != 1 || k.strides[3] != 1 || v.strides[3] != 1) return FAILED;
+    int32_t dtype = 0;
+    aoti_torch_get_dtype(query, &dtype);
+    if (const auto error = make({q.sizes[0], q.sizes[2], q.sizes[1], v.last()}, dtype, made)) return error;
+    attend_whole({
+        {data_of<void>(query), q.strides[1], q.strides[2]},
+        {data_of<void>(key), k.strides[1], k.strides[2]},
+        {data_of<void>(value), v.strides[1], v.strides[2]},
+        q.strides[0], k.strides[0], v.strides[0],
+        data_of<void>(*made),
+        is_bf16(query),
+        q.sizes[0], q.sizes[2], q.sizes[1], k.sizes[1], k.last(), v.last(), num_threads,
+        static_cast<float>(scaling),
+    });
+    return AOTI_TORCH_SUCCESS;
 }

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine.model.attention import AttentionCall, attend, attend_flat
 from engine.model.cross_attention import attend_cross
-from engine.model.encoder_attention import encoder_attention
+from engine.model.encoder_attention import attend_in_blocks
 from engine.model.int4 import native  # registers the operator of int4 weights
 from engine.model.native_kernels import PACKED_UNIT, SHIMS
 from engine.model.paged_step import PagedStep
@@ -42,6 +42,7 @@ _library.define(  # type: ignore[no-untyped-call]
     "float softcap) -> Tensor"
 )
 _library.define("attend_whole(Tensor query, Tensor key, Tensor value, float scaling) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("attend_positions(Tensor query, Tensor key, Tensor value, float scaling) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("packed_rows(Tensor x, Tensor words, Tensor? bias, int num_outputs) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("plain_rows(Tensor x, Tensor weight) -> Tensor")  # type: ignore[no-untyped-call]
 
@@ -130,7 +131,7 @@ def _attend_slots(
 
 def _attend_whole(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Attention of [B, H, L, D] over itself, without a mask: [B, L, H, D]."""
-    return encoder_attention(torch.nn.Identity(), query, key, value, None, scaling)[0].contiguous()
+    return attend_in_blocks(query, key, value, scaling).contiguous()
 
 
 def _packed_rows(x: Tensor, words: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
@@ -174,6 +175,7 @@ for _name, _function, _shape in (
     ("packed_linear", _packed_linear, _packed_linear_shape),
     ("attend_slots", _attend_slots, _attend_shape),
     ("attend_whole", _attend_whole, _attend_whole_shape),
+    ("attend_positions", _attend_whole, _attend_whole_shape),
     ("packed_rows", _packed_rows, _packed_rows_shape),
     ("plain_rows", _plain_rows, _plain_rows_shape),
 ):

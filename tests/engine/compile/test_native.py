@@ -78,7 +78,7 @@ def test_graphs_of_all_kernels_compute_what_the_eager_step_does(tmp_path: Path) 
     assert engine.stats().compiled_batch_sizes == (1, 4)
 
 
-def test_eager_steps_attend_by_the_kernel_and_whole_prompts_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eager_steps_attend_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(make_model())
     calls: list[tuple[int, int]] = []
     attend = NativeKernels.attend_slots
@@ -89,7 +89,7 @@ def test_eager_steps_attend_by_the_kernel_and_whole_prompts_do_not(monkeypatch: 
 
     monkeypatch.setattr(NativeKernels, "attend_slots", counted)
     drive(engine, [greedy(0, zoo.prompt(5), 3)])
-    assert calls == [(1, 0), (1, 1)] * 2  # of three tokens the first comes from the prompt
+    assert calls == [(5, 0), (5, 1), *[(1, 0), (1, 1)] * 2]  # of three tokens the first comes from the prompt
 
 
 def test_compiled_code_calls_the_kernels_without_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

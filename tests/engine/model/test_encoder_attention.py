@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from engine.model.encoder import Encoder
-from engine.model.encoder_attention import encoder_attention
+from engine.model.encoder_attention import attend_in_blocks, encoder_attention
+from engine.model.native_kernels import NativeKernels
 from engine.model.seq2seq_check import try_flat
 from engine.sequence import Source
 from tests import zoo_seq2seq as zoo
+from tests.int4_weights import CAN_COMPILE, native_kernels
 
 DEVICE = torch.device("cpu")
 
@@ -43,3 +47,26 @@ def test_only_in_bfloat16_the_models_own_attention_gives_way(dtype: torch.dtype)
     got = parts.encoder.encode([source])[0].float()
     wanted = Encoder(plain, DEVICE, torch.no_grad).encode([source])[0].float()
     assert ((got - wanted).norm() / wanted.norm()).item() < (0.03 if dtype is torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.skipif(not CAN_COMPILE, reason="no compiler, or no AVX512-BF16")
+@torch.inference_mode()
+def test_layers_with_kernels_of_our_own_are_attended_to_by_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = native_kernels()
+    module = torch.nn.Module()
+    module.native_kernels = kernels  # type: ignore[assignment]
+    calls: list[float] = []
+    attend = NativeKernels.attend_positions
+
+    def counted(self: NativeKernels, *tensors_and_scaling: Any) -> torch.Tensor:
+        calls.append(tensors_and_scaling[3])
+        return attend(self, *tensors_and_scaling)
+
+    monkeypatch.setattr(NativeKernels, "attend_positions", counted)
+    query, key, value = (torch.randn(1, 60, 2, 32).bfloat16().transpose(1, 2) for _ in range(3))
+    got, _ = encoder_attention(module, query, key, value, None)
+    assert calls == [32**-0.5]
+    torch.testing.assert_close(got, attend_in_blocks(query, key, value, 32**-0.5), rtol=3e-2, atol=3e-2)
+    query, key, value = (torch.randn(1, 2, 60, 24).bfloat16() for _ in range(3))  # not whole registers
+    encoder_attention(module, query, key, value, None)
+    assert len(calls) == 1

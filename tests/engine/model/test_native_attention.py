@@ -10,6 +10,7 @@ import torch
 from engine.kv.pool import ResizeArena, Slot
 from engine.kv.slots import LayerShape, SlotStorage
 from engine.model.attention import AttentionCall, attend_flat
+from engine.model.encoder_attention import attend_in_blocks
 from engine.model.inputs import FlatInputs, build_inputs
 from engine.model.native_step import can_attend, native_step
 from engine.scheduler import Batch, ScheduledSequence
@@ -19,29 +20,34 @@ from tests.int4_weights import CAN_COMPILE, native_kernels
 pytestmark = pytest.mark.skipif(not CAN_COMPILE, reason="no compiler, or no AVX512-BF16")
 
 CPU = torch.device("cpu")
-LENGTHS = {0: (8, 1), 1: (64, 33), 2: (64, 64), 3: (8, 8), 4: (64, 5)}  # of a row: its slot's capacity, and its keys
+# Of a sequence: its slot's capacity, the keys it has in the end, and how many of its tokens are new.
+SINGLES = {0: (8, 1, 1), 1: (512, 33, 1), 2: (512, 64, 1), 3: (8, 8, 1), 4: (512, 5, 1)}
+RUNS = {0: (512, 3, 2), 1: (8, 8, 1), 2: (512, 70, 70), 3: (512, 512, 190), 4: (8, 7, 5), 5: (512, 300, 1)}
 LAYERS = 2
 
 
-def step_of(shape: LayerShape) -> tuple[SlotStorage, FlatInputs]:
-    """A step of five single tokens in two arenas full of random K and V."""
+def step_of(shape: LayerShape, lengths: dict[int, tuple[int, int, int]]) -> tuple[SlotStorage, FlatInputs]:
+    """A step of sequences in two arenas full of random K and V."""
     storage = SlotStorage([shape] * LAYERS, CPU)
-    storage.apply([ResizeArena(8, (), 5), ResizeArena(64, (), 5)])
+    storage.apply([ResizeArena(8, (), 6), ResizeArena(512, (), 6)])
     generator = torch.Generator().manual_seed(0)
     for arena in storage.arenas.values():
         for tensor in (*arena.keys, *arena.values):
             tensor.normal_(generator=generator)
-    return storage, inputs_over(storage)
+    return storage, inputs_over(storage, lengths)
 
 
-def inputs_over(storage: SlotStorage) -> FlatInputs:
+def inputs_over(storage: SlotStorage, lengths: dict[int, tuple[int, int, int]]) -> FlatInputs:
     items = tuple(
-        ScheduledSequence(Sequence(n, [1] * length, SamplingParams(max_tokens=1), arrival_time_s=0.0), length - 1, 1, 1)
-        for n, (_, length) in LENGTHS.items()
+        ScheduledSequence(
+            Sequence(n, [1] * length, SamplingParams(max_tokens=1), arrival_time_s=0.0), length - count, count, 1
+        )
+        for n, (_, length, count) in lengths.items()
     )
-    return build_inputs(Batch(items), lambda s: Slot(LENGTHS[s.sequence_id][0], s.sequence_id), storage, CPU)
+    return build_inputs(Batch(items), lambda s: Slot(lengths[s.sequence_id][0], s.sequence_id), storage, CPU)
 
 
+@pytest.mark.parametrize("lengths", [pytest.param(SINGLES, id="singles"), pytest.param(RUNS, id="runs")])
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "key_dim", "value_dim", "dtype"),
@@ -50,21 +56,29 @@ def inputs_over(storage: SlotStorage) -> FlatInputs:
         pytest.param(4, 4, 32, 16, torch.bfloat16, id="small"),
         pytest.param(10, 2, 192, 128, torch.bfloat16, id="unlike sizes"),
         pytest.param(6, 1, 16, 48, torch.float32, id="float32"),
+        pytest.param(300, 1, 32, 16, torch.float32, id="more heads than a block has rows"),
     ],
 )
-def test_rows_of_any_length_are_attended_to_as_by_the_twin(
-    num_heads: int, num_kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype, num_threads: int
+def test_runs_of_any_length_are_attended_to_as_by_the_twin(
+    num_heads: int,
+    num_kv_heads: int,
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    num_threads: int,
+    lengths: dict[int, tuple[int, int, int]],
 ) -> None:
-    storage, inputs = step_of(LayerShape(num_kv_heads, key_dim, value_dim, dtype))
+    storage, inputs = step_of(LayerShape(num_kv_heads, key_dim, value_dim, dtype), lengths)
+    num_tokens = inputs.input_ids.shape[1]
     twin = copy.deepcopy(storage)
     generator = torch.Generator().manual_seed(1)
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        for layer, (window, softcap, has_sinks) in enumerate([(None, None, False), (5, 2.0, True)]):
-            # [B, H, D] in memory, as a projection leaves them.
+        for layer, (window, softcap, has_sinks) in enumerate([(None, None, False), (40, 2.0, True)]):
+            # [T, H, D] in memory, as a projection leaves them.
             query, key, value = (
-                torch.randn(1, 5, heads, dim, generator=generator).to(dtype).transpose(1, 2)
+                torch.randn(1, num_tokens, heads, dim, generator=generator).to(dtype).transpose(1, 2)
                 for heads, dim in ((num_heads, key_dim), (num_kv_heads, key_dim), (num_kv_heads, value_dim))
             )
             assert can_attend(query, key, value)
@@ -73,7 +87,7 @@ def test_rows_of_any_length_are_attended_to_as_by_the_twin(
             kernels = native_kernels()
             with native_step(kernels, inputs):
                 got = kernels.attend_slots(query, key, value, sinks, layer, call.scaling, window, softcap)
-            expected = attend_flat(inputs_over(twin), layer, query, key, value, call)
+            expected = attend_flat(inputs_over(twin, lengths), layer, query, key, value, call)
             tolerance = 3e-2 if dtype is torch.bfloat16 else 1e-5
             torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
             for capacity, arena in storage.arenas.items():
@@ -83,19 +97,59 @@ def test_rows_of_any_length_are_attended_to_as_by_the_twin(
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("lengths", [pytest.param(SINGLES, id="singles"), pytest.param(RUNS, id="runs")])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_a_row_of_nan_is_noticed_and_its_neighbours_are_not(softcap: float | None) -> None:
-    _, inputs = step_of(LayerShape(2, 32, 16, torch.bfloat16))
-    query, key, value = (torch.ones(1, heads, 5, dim).bfloat16() for heads, dim in ((4, 32), (2, 32), (2, 16)))
-    query[:, :, 2] = float("nan")
+def test_a_row_of_nan_is_noticed_and_its_neighbours_are_not(
+    softcap: float | None, lengths: dict[int, tuple[int, int, int]]
+) -> None:
+    _, inputs = step_of(LayerShape(2, 32, 16, torch.bfloat16), lengths)
+    num_tokens = inputs.input_ids.shape[1]
+    bad = num_tokens // 2
+    query, key, value = (torch.ones(1, heads, num_tokens, dim).bfloat16() for heads, dim in ((4, 32), (2, 32), (2, 16)))
+    query[:, :, bad] = float("nan")
     with native_step(native_kernels(), inputs):
         got = native_kernels().attend_slots(query, key, value, None, 0, 1.0, None, softcap)
-    assert got.isnan().flatten(2).all(2).tolist() == [[row == 2 for row in range(5)]]
-    assert got.isnan().flatten(2).any(2).tolist() == [[row == 2 for row in range(5)]]
+    assert got.isnan().flatten(2).all(2).tolist() == [[row == bad for row in range(num_tokens)]]
+    assert got.isnan().flatten(2).any(2).tolist() == [[row == bad for row in range(num_tokens)]]
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "key_dim", "value_dim", "dtype"),
+    [
+        pytest.param(3, 3, 64, 64, torch.bfloat16, id="bfloat16"),
+        pytest.param(6, 2, 32, 48, torch.float32, id="float32, grouped"),
+    ],
+)
+@pytest.mark.parametrize("length", [1, 90, 700])
+def test_whole_sequences_are_attended_to_as_by_the_twin(
+    length: int, num_heads: int, num_kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype, num_threads: int
+) -> None:
+    torch.manual_seed(length)
+    query, key, value = (
+        torch.randn(2, length, heads, dim).to(dtype).transpose(1, 2)
+        for heads, dim in ((num_heads, key_dim), (num_kv_heads, key_dim), (num_kv_heads, value_dim))
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        got = native_kernels().attend_positions(query, key, value, 0.3)
+    finally:
+        torch.set_num_threads(before)
+    keys, values = (tensor.repeat_interleave(num_heads // num_kv_heads, dim=1) for tensor in (key, value))
+    expected = attend_in_blocks(query, keys, values, 0.3)
+    tolerance = 3e-2 if dtype is torch.bfloat16 else 1e-5
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_whole_sequences_of_other_strides_are_refused() -> None:
+    tensor = torch.zeros(1, 2, 32, 32).bfloat16()
+    with pytest.raises(RuntimeError, match="one after the other"):
+        native_kernels().attend_positions(tensor.transpose(2, 3), tensor, tensor, 1.0)
 
 
 def test_outside_of_its_step_it_refuses() -> None:
-    _, inputs = step_of(LayerShape(1, 32, 16, torch.bfloat16))
+    _, inputs = step_of(LayerShape(1, 32, 16, torch.bfloat16), SINGLES)
     query, key, value = (torch.ones(1, 1, 5, dim).bfloat16() for dim in (32, 32, 16))
     kernels = native_kernels()
     with pytest.raises(RuntimeError, match="not of the current step"):
