@@ -35,6 +35,6 @@ for shape in ${*:-llama-135m qwen-0.5b}; do
         set -- "$@" --server "$command"
     done
     # shellcheck disable=SC2086
-    .venv/bin/python -m benchmarks.compare "$shape" "$@" --threads "$threads" --models "$models" --settle 240 \
+    .venv/bin/python -m benchmarks.compare "$shape" "$@" --threads "$threads" --models "$models" --settle 600 \
         --length-scale "$scale" --scenarios $scenarios --json "$out/$shape.json" | tee "$out/$shape.md"
 done

@@ -27,11 +27,15 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class ResizeArena:
-    """Make the arena `num_slots` long; old rows `keep` become rows 0, 1, 2, ... of the new one."""
+    """Make the arena `num_slots` long; old rows `keep` become rows 0, 1, 2, ... of the new one.
+
+    It may come to have `room` slots: where memory can be set aside without being taken, it is set aside for so many.
+    """
 
     capacity: int
     keep: tuple[int, ...]
     num_slots: int
+    room: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +115,9 @@ class SlotPool:
     def remake(self) -> list[SlotOp]:
         """What makes the arenas that exist again, empty, after storage was lost."""
         return [
-            ResizeArena(capacity, (), arena.num_slots) for capacity, arena in self._arenas.items() if arena.num_slots
+            ResizeArena(capacity, (), arena.num_slots, self._room(capacity))
+            for capacity, arena in self._arenas.items()
+            if arena.num_slots
         ]
 
     def class_for(self, num_tokens: int) -> int | None:
@@ -158,7 +164,7 @@ class SlotPool:
             if not arena.free or capacity == but:
                 continue
             keep = tuple(sorted(arena.used))
-            ops.append(ResizeArena(capacity, keep, len(keep)))
+            ops.append(ResizeArena(capacity, keep, len(keep), self._room(capacity)))
             moved.update({Slot(capacity, old): Slot(capacity, new) for new, old in enumerate(keep) if new != old})
             self.num_tokens_allocated -= capacity * (arena.num_slots - len(keep))
             self._arenas[capacity] = _Arena(num_slots=len(keep), used=set(range(len(keep))))
@@ -176,6 +182,12 @@ class SlotPool:
         assert total == self.num_tokens_allocated, f"{self.num_tokens_allocated} tokens counted, {total} allocated"
         assert self.budget_tokens is None or total <= self.budget_tokens, f"{total} tokens exceed {self.budget_tokens}"
 
+    def _room(self, capacity: int) -> int:
+        """Most slots of that capacity that there can be."""
+        if self.budget_tokens is None:
+            return self.max_slots
+        return min(self.max_slots, self.budget_tokens // capacity)
+
     def _grow(self, capacity: int, arena: _Arena, ops: list[SlotOp]) -> bool:
         # Doubling keeps copies amortised; near the budget's edge one slot at a time still fits what can fit.
         for num_new in (self.max_slots if self.is_static else max(1, arena.num_slots), 1):
@@ -192,5 +204,5 @@ class SlotPool:
         for index in range(old, arena.num_slots):
             heapq.heappush(arena.free, index)
         self.num_tokens_allocated += tokens
-        ops.append(ResizeArena(capacity, tuple(range(old)), arena.num_slots))
+        ops.append(ResizeArena(capacity, tuple(range(old)), arena.num_slots, self._room(capacity)))
         return True

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from engine.kv.pool import ClearSlot, CopySlot, ResizeArena, Slot, SlotOp
+from engine.kv.room import grown, zeros_with_room
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,11 @@ class Arena:
 
     keys: list[torch.Tensor] = field(default_factory=list)
     values: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def num_slots(self) -> int:
+        """How many there are."""
+        return self.keys[0].shape[0] if self.keys else 0
 
 
 class SlotStorage:
@@ -126,16 +132,16 @@ class SlotStorage:
             self.arenas.pop(op.capacity, None)
             return
         arena = self.arenas.setdefault(op.capacity, Arena())
+        is_growth = op.keep == tuple(range(arena.num_slots)) and op.num_slots > arena.num_slots
         # Layer by layer, so that old and new exist twice for one layer only.
         for layer, shape in enumerate(self.shapes):
             for tensors, dim in ((arena.keys, shape.key_dim), (arena.values, shape.value_dim)):
                 size = (op.num_slots, shape.num_kv_heads, op.capacity, dim)
-                # Zeros: attention multiplies masked positions by a weight of 0, and 0 * NaN would be NaN.
-                new = torch.zeros(size, dtype=shape.dtype, device=shape.device or self.device)
-                if layer < len(tensors):
-                    old = tensors[layer]
-                    for row, old_row in enumerate(op.keep):
-                        new[row].copy_(old[old_row])
-                    tensors[layer] = new
-                else:
-                    tensors.append(new)
+                old = tensors[layer] if layer < len(tensors) else None
+                new = None if old is None or not is_growth else grown(old, op.num_slots)
+                if new is None:
+                    # Zeros: attention multiplies masked positions by a weight of 0, and 0 * NaN would be NaN.
+                    new = zeros_with_room(size, op.room, shape.dtype, shape.device or self.device)
+                    for row, old_row in enumerate(op.keep if old is not None else ()):
+                        new[row].copy_(old[old_row])  # type: ignore[index]
+                tensors[layer : layer + 1] = [new]

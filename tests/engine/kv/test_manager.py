@@ -135,7 +135,7 @@ def test_growth_moves_a_sequence_and_its_tokens() -> None:
     assert manager.ensure(sequence, 40)
     moved = manager.slot_of(sequence)
     assert (small.capacity, moved.capacity) == (16, 64)
-    assert manager.take_ops() == [ResizeArena(64, (), 1), CopySlot(small, moved, 10)]
+    assert manager.take_ops() == [ResizeArena(64, (), 1, room=16), CopySlot(small, moved, 10)]
 
 
 def test_kept_sequences_make_room_before_anyone_is_refused() -> None:
