@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.batch import Batch, ScheduledSequence
 from engine.compile.paged_trial import NUM_TRIAL_BLOCKS, PagedTrialSetting
 from engine.compile.steps import CompiledSteps, compile_steps, sizes_of
 from engine.config import CompileConfig, EngineConfig
@@ -31,7 +32,6 @@ from engine.model.paged_runner import PagedRunner
 from engine.model.runner import FlatRunner, Runner, StepProgram
 from engine.model.selfcheck import LaneChoice, judge, row_errors
 from engine.sampling.sampler import Sampler
-from engine.scheduler import Batch, ScheduledSequence
 from engine.sequence import SamplingParams, Sequence
 from engine.static_cache import Store, announce_static
 

@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from engine.batch import Batch
 from engine.compile.encoder import CompiledEncoder
 from engine.config import EngineConfig
 from engine.errors import ServerError, StepFailed
@@ -26,7 +27,7 @@ from engine.pipeline import Pipeline
 from engine.preparation import Preparation
 from engine.profiling import StepProfiler
 from engine.sampling.sampler import Sampler
-from engine.scheduler import Batch, Scheduler
+from engine.scheduler import Scheduler
 from engine.sequence import EngineStats, Sequence, SequenceOutput
 from engine.validation import check_sequence
 

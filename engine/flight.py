@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from engine.batch import Batch, Chosen, ScheduledSequence
 from engine.errors import ServerError
 from engine.model.chosen_ids import ChosenIds
 from engine.model.runner import Runner, StepLogits
 from engine.prompt_reader import read_prompts
 from engine.sampling.pending import PendingTokens
 from engine.sampling.sampler import Sampler
-from engine.scheduler import Batch, Chosen, ScheduledSequence
 from engine.sequence import Sequence
 from engine.transfer import upload
 

@@ -16,8 +16,9 @@ and the memory is given back only when step N+1 has landed (Scheduler.finish), c
 
 from __future__ import annotations
 
+from engine.batch import Batch, ScheduledSequence
 from engine.kv.accounting import KVAccounting
-from engine.scheduler import Batch, ScheduledSequence, Scheduler
+from engine.scheduler import Scheduler
 
 PAUSE_STEPS = 8
 """Steps launched one by one after a token had to be chosen again, which makes a sequence's next row one for nothing."""

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from engine.batch import ScheduledSequence
 from engine.errors import NonFiniteLogits, ServerError, UnsupportedParameter
 from engine.sampling.probe import probabilities
 from engine.sampling.sampler import Sampler
-from engine.scheduler import ScheduledSequence
 from engine.sequence import PromptProbe, Sequence
 
 

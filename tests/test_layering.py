@@ -33,7 +33,7 @@ ALLOWED = {
     "main": {"app", "command_line", "config", "model_manager", "runtime", "serving"},
     "example_client": set(),
 }  # fmt: skip
-NO_TORCH = ("engine/errors.py", "engine/config.py", "engine/sequence.py", "engine/scheduler.py")
+NO_TORCH = ("engine/errors.py", "engine/config.py", "engine/sequence.py", "engine/batch.py", "engine/scheduler.py")
 NO_TORCH_KV = (
     "engine/kv/accounting.py",
     "engine/kv/pool.py",

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from engine.batch import Batch, ScheduledSequence
 from engine.kv.pool import ResizeArena, Slot
 from engine.kv.slots import LayerShape, SlotStorage
 from engine.model.attention import NotFlat
@@ -19,7 +20,6 @@ from engine.model.cross_attention import build_cross
 from engine.model.inputs import build_inputs
 from engine.model.selfcheck import judge, row_errors
 from engine.model.step import FlatStep, Step
-from engine.scheduler import Batch, ScheduledSequence
 from engine.sequence import SamplingParams, Sequence, Source
 
 CAPACITY = 8  # positions of a trial's slots: little memory, and rows of different lengths

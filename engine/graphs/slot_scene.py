@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from engine.batch import Batch
 from engine.compile.trial import CAPACITY, trial_item
 from engine.graphs.scene import StepInputs
 from engine.graphs.static_inputs import ALIGNMENT
@@ -27,7 +28,6 @@ from engine.model.flat_decoder import FlatDecoder
 from engine.model.inputs import FlatInputs, build_inputs
 from engine.model.slot_rows import NUM_COLUMNS, SlotLayout, SlotRows, lay_out_rows
 from engine.model.step import FlatStep
-from engine.scheduler import Batch
 from engine.sequence import Sequence
 
 

@@ -16,8 +16,8 @@ import torch
 def zeros_with_room(size: tuple[int, ...], room: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros [size], on the CPU of a Unix with storage behind them for `room` entries of the first dimension.
 
-    All of it takes no memory until it is written. Where no more is asked for than `size` it is taken at once; elsewhere,
-    and where the system refuses so large a mapping (`ulimit -v`), there is no room behind either.
+    All of it takes no memory until it is written. Where no more is asked for than `size`, that is taken at once; on
+    other systems, and where so large a mapping is refused (`ulimit -v`), there is no room behind either.
     """
     num_bytes = room * math.prod(size[1:]) * dtype.itemsize
     if device.type != "cpu" or sys.platform == "win32" or room <= size[0] or num_bytes == 0:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.scheduler import ScheduledSequence
+from engine.batch import ScheduledSequence
 from engine.transfer import upload
 
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from engine.batch import Batch, ScheduledSequence
 from engine.kv.pool import Slot
 from engine.kv.slots import Arena, SlotStorage
 from engine.model.relative_bias import chunk_bias, decode_bias
 from engine.model.slot_rows import SlotRows
-from engine.scheduler import Batch, ScheduledSequence
 from engine.sequence import Sequence
 from engine.transfer import upload
 

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine.batch import Batch, ScheduledSequence
 from engine.kv.prefix import BLOCK_SIZE
-from engine.scheduler import Batch, ScheduledSequence
 from engine.sequence import Sequence
 
 Ids = npt.NDArray[np.int64]

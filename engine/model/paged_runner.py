@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from engine.batch import Batch
 from engine.kv.paged import PagedStorage
 from engine.kv.pool import CrossOp, StorageOp
 from engine.model.chosen_ids import ChosenIds
 from engine.model.paged_inputs import PagedInputs, PagedLayout, lay_out
 from engine.model.paged_step import PagedStep
 from engine.model.runner import CapturedSteps, FlatModel, StepLogits, StepProgram
-from engine.scheduler import Batch
 from engine.sequence import Sequence
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from engine.batch import Batch, ScheduledSequence
 from engine.kv.pool import CrossOp, Slot, StorageOp
 from engine.kv.slots import SlotStorage
 from engine.model.chosen_ids import ChosenIds
@@ -24,7 +25,6 @@ from engine.model.module_state import ModuleState
 from engine.model.native_step import kernels_of, native_attention
 from engine.model.placement import is_spread
 from engine.model.step import FlatStep, Step, flat_step, keep_logit_rows
-from engine.scheduler import Batch, ScheduledSequence
 from engine.sequence import Sequence, Source
 
 

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
+from engine.batch import Batch, ScheduledSequence
 from engine.kv.pool import ResizeArena, Slot
 from engine.kv.slots import LayerShape, SlotStorage
 from engine.model.attention import NAME, NotFlat, flat_attention
 from engine.model.runner import FlatRunner, SoloRunner, accepts
 from engine.model.step import Recording, flat_step
-from engine.scheduler import Batch, ScheduledSequence
 from engine.sequence import SamplingParams, Sequence, Source
 
 logger = logging.getLogger(__name__)

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 
+from engine.batch import Batch
 from engine.kv.cross import CrossManager
 from engine.kv.pool import CrossOp, Slot, StorageOp
 from engine.kv.slots import SlotStorage
@@ -23,7 +24,6 @@ from engine.model.inputs import build_inputs
 from engine.model.runner import CapturedSteps, StepLogits, StepProgram
 from engine.model.slot_rows import SlotLayout, lay_out_rows
 from engine.model.step import FlatStep
-from engine.scheduler import Batch
 from engine.sequence import Sequence, Source
 
 # Padding is wasted work: sources of a batch are at most this many times as long as the shortest.

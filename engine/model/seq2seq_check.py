@@ -13,6 +13,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.modeling_outputs import BaseModelOutput
 
+from engine.batch import Batch, ScheduledSequence
 from engine.kv.pool import ResizeArena, Slot
 from engine.kv.slots import LayerShape, SlotStorage
 from engine.model import encoder_attention
@@ -31,7 +32,6 @@ from engine.model.selfcheck import (
     why_not_flat,
 )
 from engine.model.step import FlatStep
-from engine.scheduler import Batch, ScheduledSequence
 from engine.sequence import SamplingParams, Sequence, Source
 
 _SOURCE_LENGTHS = (19, 12)  # one longer than the other: padding, and a slot that is not full

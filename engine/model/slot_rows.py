@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from engine.batch import Batch, ScheduledSequence
 from engine.kv.pool import Slot
 from engine.kv.slots import Arena
 from engine.model.paged_inputs import Ids
 from engine.model.relative_bias import decode_bias
-from engine.scheduler import Batch, ScheduledSequence
 from engine.sequence import Sequence
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]

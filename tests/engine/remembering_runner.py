@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.batch import ScheduledSequence
 from engine.config import EngineConfig
 from engine.engine import Engine, Lane
 from engine.kv.accounting import KVAccounting
@@ -28,7 +29,6 @@ from engine.model.paged_inputs import PagedInputs
 from engine.model.paged_runner import PagedRunner
 from engine.model.runner import FlatRunner
 from engine.sampling.sampler import Sampler
-from engine.scheduler import ScheduledSequence
 
 VOCAB_SIZE = 256
 _SHAPE = LayerShape(1, 1, 1, torch.float64)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.batch import Batch, ScheduledSequence
 from engine.config import EngineConfig
 from engine.engine import Engine, Lane
 from engine.kv.accounting import KVAccounting
@@ -23,7 +24,6 @@ from engine.kv.pool import SlotPool, StorageOp, size_classes
 from engine.model.chosen_ids import ChosenIds
 from engine.model.runner import StepLogits
 from engine.sampling.sampler import Sampler
-from engine.scheduler import Batch, ScheduledSequence
 from engine.sequence import Sequence
 from tests import zoo
 

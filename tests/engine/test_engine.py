@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from engine.batch import Batch
 from engine.engine import Engine
 from engine.errors import NonFiniteLogits, StepFailed
 from engine.kv.pool import StorageOp
 from engine.model.chosen_ids import ChosenIds
 from engine.model.runner import FlatRunner, StepLogits
-from engine.scheduler import Batch
 from engine.sequence import SamplingParams, Sequence
 from tests import zoo
 from tests.engine.harness import drive, engine_for, greedy, reference, tokens

@@ -12,12 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.batch import ScheduledSequence
 from engine.engine import Engine
 from engine.errors import NonFiniteLogits, StepFailed
 from engine.model.chosen_ids import ChosenIds
 from engine.pipeline import PAUSE_STEPS
 from engine.sampling import filters, sampler
-from engine.scheduler import ScheduledSequence
 from engine.sequence import SamplingParams, Sequence, SequenceOutput, TokenRules
 from tests.engine.remembering_runner import VOCAB_SIZE, Poisoned, logits_after, remembering_engine
 

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 
+from engine.batch import Batch, Chosen
 from engine.config import EngineConfig
 from engine.errors import ContextLengthExceeded, QueueTimeout
 from engine.kv.manager import KVManager
 from engine.kv.pool import SlotPool, size_classes
 from engine.pacing import MAX_SLOWDOWN, MIN_PROMPT_TOKENS, Pacing
-from engine.scheduler import AGEING_S, Batch, Chosen, Scheduler
+from engine.scheduler import AGEING_S, Scheduler
 from engine.sequence import PromptProbe, SamplingParams, Sequence, SequenceState
 
 

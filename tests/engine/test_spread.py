@@ -16,6 +16,7 @@ import torch
 from accelerate import dispatch_model
 from transformers import AutoConfig, GenerationMixin
 
+from engine.batch import Batch, ScheduledSequence
 from engine.build import build_engine
 from engine.build_paged import build_paged
 from engine.config import EngineConfig
@@ -31,7 +32,6 @@ from engine.model.paged_attention import attend_blocks
 from engine.model.placement import DISK, PlacementRequest, infer_map, placement_by
 from engine.model.selfcheck import choose_lane
 from engine.sampling.sampler import Sampler
-from engine.scheduler import Batch, ScheduledSequence
 from engine.sequence import Sequence, Source
 from tests import zoo, zoo_seq2seq
 from tests.engine.harness import drive, greedy, tokens

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from engine.batch import Batch
 from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.flight import Flight
 from engine.model.loader import describe
-from engine.scheduler import Batch
 from engine.sequence import SamplingParams, Sequence
 from tests import zoo
 from tests.engine.harness import drive, tiny_model, tokens

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.batch import Batch, ScheduledSequence
 from engine.build_paged import build_paged
 from engine.compile.paged_trial import NUM_TRIAL_BLOCKS, trial_layout
 from engine.config import CompileConfig, EngineConfig
@@ -24,7 +25,6 @@ from engine.model.paged_inputs import lay_out
 from engine.model.paged_runner import PagedRunner
 from engine.model.selfcheck import choose_lane
 from engine.sampling.sampler import Sampler
-from engine.scheduler import Batch, ScheduledSequence
 from engine.sequence import SamplingParams, Sequence
 from tests import zoo
 from tests.engine.compile.inline import compile_here

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.batch import Batch, ScheduledSequence
 from engine.compile.trial import CAPACITY
 from engine.config import CompileConfig
 from engine.engine import Engine
@@ -22,7 +23,6 @@ from engine.model.attention import AttentionCall, attend_flat
 from engine.model.inputs import build_inputs
 from engine.model.seq2seq import Seq2SeqRunner
 from engine.model.slot_rows import SlotRows, lay_out_rows
-from engine.scheduler import Batch, ScheduledSequence
 from engine.sequence import SamplingParams, Sequence, TimestampRules, TokenRules
 from tests import zoo_seq2seq as zoo
 from tests.engine.compile.inline import compile_here

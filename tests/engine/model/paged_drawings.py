@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.batch import Batch, ScheduledSequence
 from engine.kv.prefix import BLOCK_SIZE
 from engine.model.paged_inputs import PagedInputs, build_paged_inputs
-from engine.scheduler import Batch, ScheduledSequence
 from engine.sequence import SamplingParams, Sequence
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from engine.batch import Batch, ScheduledSequence
 from engine.kv.pool import ResizeArena, Slot
 from engine.kv.slots import Arena, LayerShape, SlotStorage
 from engine.model.attention import (
@@ -19,7 +20,6 @@ from engine.model.attention import (
 )
 from engine.model.inputs import Chunk, build_inputs
 from engine.model.step import FlatStep, flat_step
-from engine.scheduler import Batch, ScheduledSequence
 from engine.sequence import SamplingParams, Sequence
 
 HEADS, KV_HEADS, DIM, VALUE_DIM = 6, 2, 8, 12

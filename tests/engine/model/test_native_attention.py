@@ -7,13 +7,13 @@ import copy
 import pytest
 import torch
 
+from engine.batch import Batch, ScheduledSequence
 from engine.kv.pool import ResizeArena, Slot
 from engine.kv.slots import LayerShape, SlotStorage
 from engine.model.attention import AttentionCall, attend_flat
 from engine.model.encoder_attention import attend_in_blocks
 from engine.model.inputs import FlatInputs, build_inputs
 from engine.model.native_step import can_attend, native_step
-from engine.scheduler import Batch, ScheduledSequence
 from engine.sequence import SamplingParams, Sequence
 from tests.int4_weights import CAN_COMPILE, native_kernels
 
