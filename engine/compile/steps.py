@@ -12,7 +12,6 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from collections.abc import Sequence as Series
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ from engine.compile.tried import Call, Runs, TriedCode, load_package, time_run
 from engine.config import CompileConfig
 from engine.model import operators  # registers what compiled code calls
 from engine.model.native_kernels import NativeKernels
-from engine.model.native_step import kernels_of, native_step
+from engine.model.native_step import kernels_of, native_attention
 from engine.model.paged_step import PagedStep
 from engine.model.runner import StepProgram
 from engine.model.step import Step, flat_step
@@ -71,14 +70,9 @@ class CompiledCode:
         # Generated kernels take aligned addresses for granted; to pad by nothing is to copy.
         if num_rows < self.size or any(tensor.data_ptr() % 16 for tensor in (ids, positions)):
             ids, positions = (F.pad(tensor, (0, self.size - num_rows)) for tensor in (ids, positions))
-        with flat_step(step), self._native(step):
+        with flat_step(step), native_attention(self._kernels, step):
             logits: torch.Tensor = self._call([*self._tensors, ids, positions])[0]
         return logits[:num_rows] if inputs.logit_rows.shape[0] == num_rows else logits[inputs.logit_rows]
-
-    def _native(self, step: Step) -> AbstractContextManager[None]:
-        if self._kernels is None or isinstance(step, PagedStep):
-            return nullcontext()
-        return native_step(self._kernels, step.inputs)
 
 
 class CompiledSteps(TriedCode[Step, CompiledCode]):

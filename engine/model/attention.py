@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.kv.slots import Arena, LayerShape
-from engine.model.cross_attention import attend_cross
+from engine.model.cross_attention import CrossStep, attend_cross
 from engine.model.inputs import Chunk, DecodeGroup, FlatInputs
 from engine.model.native_step import can_attend
 from engine.model.paged_step import PagedStep
@@ -90,7 +90,7 @@ def flat_attention(
         raise NotFlat("attention was called outside a step")
     call = AttentionCall(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
     if isinstance(step, FlatStep) and step.cross is not None and key is step.cross.marker:
-        return attend_cross(step.cross, query, call.scaling, lambda q, k, v, mask: attend(q, k, v, mask, call)), None
+        return attend_sources(step.cross, query, call), None
     _refuse_unknown(module, attention_mask, key, kwargs)
     if isinstance(step, Recording):
         step.shapes.append(LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device))
@@ -129,6 +129,14 @@ def attend_flat(
         part = slice(chunk.first, chunk.last)
         output[0, part] = _attend_chunk(chunk, layer, query[0, :, part], key[0, :, part], value[0, :, part], call)
     return output
+
+
+def attend_sources(cross: CrossStep, query: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+    """One layer's cross-attention of a step's tokens, [1, H, T, Dk]: [1, T, H, Dv]."""
+    is_plain = call.softcap is None and call.sinks is None
+    return attend_cross(
+        cross, query, call.scaling, lambda q, k, v, mask: attend(q, k, v, mask, call), is_plain=is_plain
+    )
 
 
 def _bias(step: FlatStep, module: torch.nn.Module, device: torch.device) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch
 from engine.kv.pool import Slot
 from engine.kv.slots import Arena, SlotStorage
 from engine.model.inputs import MAX_PADDING, FlatInputs
+from engine.model.native_step import can_attend
 from engine.model.slot_rows import Attend, SlotRows
 from engine.sequence import Sequence
 from engine.transfer import upload
@@ -72,6 +73,7 @@ class CrossStep:
         groups, chunks: who looks where.
         alignment_heads: by layer, which heads' weights aligning sequences want.
         captured: in a captured step, all its rows: there are no groups and chunks.
+        native: our own kernel over the groups and chunks, while it serves: (query, KV heads, Dv, layer, scaling).
     """
 
     marker: torch.Tensor
@@ -79,6 +81,7 @@ class CrossStep:
     chunks: tuple[CrossChunk, ...]
     alignment_heads: Mapping[int, list[int]]
     captured: SlotRows | None = None
+    native: Callable[[torch.Tensor, int, int, int, float], torch.Tensor] | None = None
     num_calls: int = 0
     copies: dict[torch.device, tuple[CrossGroup, ...]] = field(default_factory=dict)
 
@@ -153,7 +156,9 @@ def _group(arena: Arena, found: list[tuple[int, Slot, int]], device: torch.devic
     )
 
 
-def attend_cross(step: CrossStep, query: torch.Tensor, scaling: float, attend: Attend) -> torch.Tensor:
+def attend_cross(
+    step: CrossStep, query: torch.Tensor, scaling: float, attend: Attend, *, is_plain: bool = False
+) -> torch.Tensor:
     """One layer's cross-attention of all tokens.
 
     Args:
@@ -161,6 +166,7 @@ def attend_cross(step: CrossStep, query: torch.Tensor, scaling: float, attend: A
         query: [1, H, T, Dk].
         scaling: factor on the scores.
         attend: attention of [B, Hkv, Tq, Dk] over [B, Hkv, L, Dk] and [B, Hkv, L, Dv] under a bool mask.
+        is_plain: whether that is a softmax of scaled scores and nothing else.
 
     Returns:
         [1, T, H, Dv]. Chunks of aligning sequences gain their weights.
@@ -171,13 +177,18 @@ def attend_cross(step: CrossStep, query: torch.Tensor, scaling: float, attend: A
     if step.captured is not None:
         return step.captured.attend(layer, rows, attend)[None]
     arena = (step.groups or step.chunks)[0].arena
+    cached_keys, cached_values = arena.keys[layer], arena.values[layer]
+    if step.native is not None and is_plain and can_attend(query, cached_keys, cached_values):
+        output = step.native(query, cached_keys.shape[1], cached_values.shape[3], layer, scaling)
+        for chunk in step.chunks:
+            _note_weights(step, chunk, layer, rows[chunk.first : chunk.last], scaling)
+        return output
     output = query.new_empty((rows.shape[0], rows.shape[1], arena.values[layer].shape[3]))
     for group in step.groups_on(query.device):
         output[group.rows] = _attend_group(group, layer, rows[group.rows], attend)
     for chunk in step.chunks:
         _attend_chunk(step, chunk, layer, rows[chunk.first : chunk.last], output[chunk.first : chunk.last], attend)
-        if chunk.sequence.params.is_aligning and layer in step.alignment_heads:
-            _note_weights(chunk, layer, rows[chunk.first : chunk.last], step.alignment_heads[layer], scaling)
+        _note_weights(step, chunk, layer, rows[chunk.first : chunk.last], scaling)
     return output[None]
 
 
@@ -219,8 +230,11 @@ def _attend_chunk(
     output.copy_(out.reshape(num_queries, num_heads, -1))
 
 
-def _note_weights(chunk: CrossChunk, layer: int, rows: torch.Tensor, heads: list[int], scaling: float) -> None:
-    """Add the softmax weights of some heads: [h, Tq, L] float32."""
+def _note_weights(step: CrossStep, chunk: CrossChunk, layer: int, rows: torch.Tensor, scaling: float) -> None:
+    """Add the softmax weights of the heads that an aligning sequence wants of this layer: [h, Tq, L] float32."""
+    if not chunk.sequence.params.is_aligning or layer not in step.alignment_heads:
+        return
+    heads = step.alignment_heads[layer]
     keys = chunk.arena.keys[layer][chunk.slot, :, : chunk.length]
     num_groups = rows.shape[1] // keys.shape[0]
     queries = rows[:, heads].transpose(0, 1).float()

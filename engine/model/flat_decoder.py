@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from engine.kv.slots import LayerShape
 from engine.model.attention import NAME, NotFlat, flat_attention
 from engine.model.decoder_cache import StepCache
+from engine.model.native_step import kernels_of, native_attention
 from engine.model.positions import StepPositions
 from engine.model.runner import accepts
 from engine.model.step import Step, flat_step, keep_logit_rows
@@ -63,6 +64,7 @@ class FlatDecoder:
         if not self._configs:
             raise NotFlat("its decoder does not go through transformers' attention interface")
         self._plain_name = next(iter(self._configs.values()))._attn_implementation
+        self._kernels = kernels_of(decoder)
         self._takes_positions = accepts(model, "decoder_position_ids")
         self._positions: str | None = None
         self._hook: Any = None
@@ -80,7 +82,7 @@ class FlatDecoder:
         """One flat step; logits [R, V] of the tokens that inputs.logit_rows names."""
         inputs = step.inputs
         more = {"decoder_position_ids": inputs.position_ids} if self._takes_positions else {}
-        with flat_step(step):
+        with flat_step(step), native_attention(self._kernels, step):
             output = self.model(
                 decoder_input_ids=inputs.input_ids,
                 encoder_outputs=self._encoder_output,

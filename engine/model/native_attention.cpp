@@ -97,6 +97,7 @@ struct Layer {
     using Value = typename T::Value;
     const AttentionCall& call;
     const Step& step;
+    bool is_cross;
 
     int64_t group() const { return call.num_heads / call.num_kv_heads; }
 
@@ -163,7 +164,7 @@ struct Layer {
                 call.query.row_stride, call.query.head_stride, call.key_dim, call.value_dim,
                 out_of(run.first + token, query_head), call.num_heads * call.value_dim, call.value_dim,
                 num_heads, num_tokens * num_heads, call.key_dim, call.value_dim,
-                run.length - run.num_tokens + token + 1, true, call.window, call.scaling, call.softcap,
+                is_cross ? run.length : run.length - run.num_tokens + token + 1, !is_cross, call.window, call.scaling, call.softcap,
                 call.sinks ? call.sinks + query_head : nullptr,
             });
         }
@@ -192,7 +193,7 @@ struct Layer {
         }
         work *= call.num_heads * (call.key_dim + call.value_dim);
         const auto* all = items.data();
-        const int64_t num_items = items.size(), num_writes = step.num_runs * call.num_kv_heads;
+        const int64_t num_items = items.size(), num_writes = is_cross ? 0 : step.num_runs * call.num_kv_heads;
         // Some 10 microseconds of one thread's work, below which it is not worth waking others.
         const bool is_shared = step.num_threads > 1 && num_items > 1 && work > 200'000;
 #pragma omp parallel num_threads(step.num_threads) if (is_shared)
@@ -248,7 +249,13 @@ const Step*& current_step() {
 bool attend_slots(const AttentionCall& call) {
     const Step* step = current_step();
     if (!step || step->num_tokens > call.num_tokens || call.layer >= step->num_layers) return false;
-    call.is_bf16 ? Layer<Bf16>{call, *step}.attend() : Layer<Float32>{call, *step}.attend();
+    call.is_bf16 ? Layer<Bf16>{call, *step, false}.attend() : Layer<Float32>{call, *step, false}.attend();
+    return true;
+}
+
+bool attend_sources(const AttentionCall& call, const Step& step) {
+    if (step.num_tokens > call.num_tokens || call.layer >= step.num_layers) return false;
+    call.is_bf16 ? Layer<Bf16>{call, step, true}.attend() : Layer<Float32>{call, step, true}.attend();
     return true;
 }
 
@@ -261,4 +268,6 @@ extern "C" void set_step(const Step* step) { current_step() = step; }
 
 // The same for callers in other languages.
 extern "C" int attend_call(const AttentionCall* call) { return attend_slots(*call); }
+extern "C" int attend_sources_call(const AttentionCall* call, const Step* step) { return attend_sources(*call, *step); }
+
 extern "C" void attend_whole_call(const WholeCall* call) { attend_whole(*call); }

@@ -31,6 +31,10 @@ struct AttentionCall {
     float scaling, softcap;                                                        // 0 for no softcap
 };
 
+// Attention of a step's tokens over what other runs of K and V hold and all of them see, which nothing joins: their
+// sources. `step` says where; false where it is another's.
+bool attend_sources(const AttentionCall& call, const Step& step);
+
 // Attention of the current step's tokens; false where there is none or it is another. Those behind its own become zeros.
 bool attend_slots(const AttentionCall& call);
 

@@ -111,6 +111,8 @@ class NativeKernels:
         self._packed_multiply.restype = None
         self._attend_call = library.attend_call
         self._attend_call.argtypes = [pointer]
+        self._attend_sources_call = library.attend_sources_call
+        self._attend_sources_call.argtypes = [pointer] * 2
         self._attend_whole_call = library.attend_whole_call
         self._attend_whole_call.argtypes = [pointer]
         self._attend_whole_call.restype = None
@@ -210,6 +212,32 @@ class NativeKernels:
         )  # fmt: skip
         if not self._attend_call(ctypes.byref(call)):
             raise RuntimeError(f"attention of {num_tokens} tokens in layer {layer} is not of the current step")
+        return out
+
+    def attend_sources(
+        self, address: int, query: Tensor, num_kv_heads: int, value_dim: int, layer: int, scaling: float
+    ) -> Tensor:
+        """Attention of a layer's tokens over all of their sources' K and V: [1, T, H, Dv].
+
+        Args:
+            address: of the step (model/native_step.py) that says where the sources are.
+            query: [1, H, T, Dk] as can_attend says, values of a head in one run.
+
+        Raises:
+            RuntimeError: the step has no such layer, or more tokens.
+        """
+        _, num_heads, num_tokens, key_dim = query.shape
+        out = query.new_empty((1, num_tokens, num_heads, value_dim))
+        _, head_stride, row_stride, stride = query.stride()
+        if stride != 1:
+            raise RuntimeError("expected heads whose values lie one after the other")
+        call = _AttentionCall(
+            query.data_ptr(), head_stride, row_stride, 0, 0, 0, 0, 0, 0, 0, out.data_ptr(),
+            query.dtype is torch.bfloat16, num_tokens, num_heads, num_kv_heads, key_dim, value_dim, layer, 0,
+            scaling, 0.0,
+        )  # fmt: skip
+        if not self._attend_sources_call(ctypes.byref(call), address):
+            raise RuntimeError(f"attention of {num_tokens} tokens to sources in layer {layer} is not of this step")
         return out
 
     def attend_positions(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

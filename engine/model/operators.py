@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.model.attention import AttentionCall, attend, attend_flat
-from engine.model.cross_attention import attend_cross
+from engine.model.attention import AttentionCall, attend_flat, attend_sources
 from engine.model.encoder_attention import attend_in_blocks
 from engine.model.int4 import native  # registers the operator of int4 weights
 from engine.model.native_kernels import PACKED_UNIT, SHIMS
@@ -103,9 +102,7 @@ def _attend_cross(query: Tensor, layer: int, value_dim: int, scaling: float, sof
     call = AttentionCall(scaling, None, softcap, None)
     num_rows = step.inputs.input_ids.shape[1]
     output = query.new_zeros((1, query.shape[2], query.shape[1], value_dim))
-    output[:, :num_rows] = attend_cross(
-        cross, query[:, :, :num_rows], scaling, lambda q, k, v, mask: attend(q, k, v, mask, call)
-    )
+    output[:, :num_rows] = attend_sources(cross, query[:, :, :num_rows], call)
     return output
 
 

@@ -10,11 +10,13 @@ import torch
 from engine.batch import Batch, ScheduledSequence
 from engine.kv.pool import ResizeArena, Slot
 from engine.kv.slots import LayerShape, SlotStorage
-from engine.model.attention import AttentionCall, attend_flat
+from engine.model.attention import AttentionCall, attend_flat, attend_sources
+from engine.model.cross_attention import CrossStep, build_cross
 from engine.model.encoder_attention import attend_in_blocks
 from engine.model.inputs import FlatInputs, build_inputs
-from engine.model.native_step import can_attend, native_step
-from engine.sequence import SamplingParams, Sequence
+from engine.model.native_step import can_attend, native_attention, native_step
+from engine.model.step import FlatStep
+from engine.sequence import SamplingParams, Sequence, Source
 from tests.int4_weights import CAN_COMPILE, native_kernels
 
 pytestmark = pytest.mark.skipif(not CAN_COMPILE, reason="no compiler, or no AVX512-BF16")
@@ -171,3 +173,76 @@ def test_other_sizes_and_dtypes_are_the_twins() -> None:
     assert not can_attend(kind(2, 32, half), kind(2, 32, half), kind(2, 32, half))
     assert not can_attend(kind(2, 32, single), kind(2, 32), kind(2, 32))
     assert not can_attend(kind(3, 32), kind(2, 32), kind(2, 32))
+
+
+def crossing(
+    shape: LayerShape, lengths: list[tuple[int, int, int]]
+) -> tuple[FlatInputs, CrossStep, SlotStorage, torch.Tensor]:
+    """A step of sequences with sources: for each, its new tokens, its source's slot and the positions in it."""
+    own = SlotStorage([shape] * LAYERS, CPU)
+    own.apply([ResizeArena(64, (), len(lengths))])
+    storage = SlotStorage([shape] * LAYERS, CPU)
+    storage.apply([ResizeArena(32, (), 9), ResizeArena(512, (), 9)])
+    generator = torch.Generator().manual_seed(0)
+    for arena in storage.arenas.values():
+        for tensor in (*arena.keys, *arena.values):
+            tensor.normal_(generator=generator)
+    items, slots = [], {}
+    for number, (count, slot, length) in enumerate(lengths):
+        source = Source(bytes([slot]), length)
+        params = SamplingParams(max_tokens=1)
+        sequence = Sequence(number, [1] * count, params, arrival_time_s=0.0, source=source)
+        items.append(ScheduledSequence(sequence, 0, count, 1))
+        slots[number] = Slot(32 if length <= 32 else 512, slot)
+    inputs = build_inputs(Batch(tuple(items)), lambda s: Slot(64, s.sequence_id), own, CPU)
+    marker = torch.zeros(1, shape.num_kv_heads, 1, shape.key_dim, dtype=shape.dtype)
+    return inputs, build_cross(inputs, lambda s: slots[s.sequence_id], storage, marker, {}), own, marker
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "key_dim", "value_dim", "dtype"),
+    [
+        pytest.param(4, 4, 64, 64, torch.bfloat16, id="bfloat16"),
+        pytest.param(6, 2, 32, 48, torch.float32, id="float32, grouped"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("lengths", "is_native"),
+    [
+        pytest.param([(1, 2, 300), (1, 0, 19), (3, 1, 500), (1, 5, 512), (60, 3, 7)], True, id="a source each"),
+        pytest.param([(1, 2, 300), (1, 2, 300), (4, 1, 500)], False, id="one for two"),
+    ],
+)
+def test_sources_are_attended_to_as_by_the_twin(
+    lengths: list[tuple[int, int, int]],
+    is_native: bool,
+    num_heads: int,
+    num_kv_heads: int,
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+) -> None:
+    inputs, cross, own, _ = crossing(LayerShape(num_kv_heads, key_dim, value_dim, dtype), lengths)
+    num_tokens = inputs.input_ids.shape[1]
+    torch.manual_seed(1)
+    call = AttentionCall(0.2, None, None, None)
+    for _ in range(LAYERS):
+        query = torch.randn(1, num_tokens, num_heads, key_dim).to(dtype).transpose(1, 2)
+        expected = attend_sources(cross, query, call)
+        cross.num_calls -= 1
+        with native_attention(native_kernels(), FlatStep(inputs, own, cross)):
+            assert (cross.native is not None) == is_native
+            got = attend_sources(cross, query, call)
+        assert cross.native is None
+        tolerance = 3e-2 if dtype is torch.bfloat16 else 1e-5
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_sources_of_another_step_are_refused() -> None:
+    inputs, cross, own, _ = crossing(LayerShape(1, 32, 16, torch.bfloat16), [(1, 0, 20), (1, 1, 20)])
+    with native_attention(native_kernels(), FlatStep(inputs, own, cross)):
+        native = cross.native
+        assert native is not None
+        for num_tokens, layer in ((1, 0), (2, LAYERS)):
+            with pytest.raises(RuntimeError, match="not of this step"):
+                native(torch.zeros(1, 1, num_tokens, 32).bfloat16(), 1, 16, layer, 1.0)
