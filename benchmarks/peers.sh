@@ -1,6 +1,6 @@
 #!/bin/sh
-# Our server, eager and with compiled steps, and the peers under the same load, shape by shape: about 10 minutes a shape
-# on a quiet machine, half of them the starts of transformers serve and vLLM.
+# Our server, eager and with compiled steps, and the peers under the same load, shape by shape: about 20 minutes a shape
+# on a quiet machine, half of them the starts of transformers serve and vLLM and what our first start compiles.
 #   TRANSFORMERS=.venv-tf/bin/transformers VLLM=.venv-vllm/bin/vllm LLAMA_SERVER=build/bin/llama-server THREADS=1 \
 #       sh benchmarks/peers.sh [SHAPE...]
 # How the peers are installed is in peers.md. SERVERS names those to run, the first of them twice; MODELS holds the
