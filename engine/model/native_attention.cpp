@@ -119,7 +119,8 @@ struct Layer {
     // A run's new K and V join its slot's.
     AVX512_BF16 void write(const StepRun& run, int64_t head) const {
         const int64_t start = run.length - run.num_tokens;
-        Value *keys = keys_of(run, head) + start * call.key_dim, *values = values_of(run, head) + start * call.value_dim;
+        Value* keys = keys_of(run, head) + start * call.key_dim;
+        Value* values = values_of(run, head) + start * call.value_dim;
         for (int64_t i = 0; i < run.num_tokens; i++, keys += call.key_dim, values += call.value_dim) {
             std::memcpy(keys, at(call.key, head, run.first + i), call.key_dim * sizeof(Value));
             std::memcpy(values, at(call.value, head, run.first + i), call.value_dim * sizeof(Value));
@@ -164,7 +165,8 @@ struct Layer {
                 call.query.row_stride, call.query.head_stride, call.key_dim, call.value_dim,
                 out_of(run.first + token, query_head), call.num_heads * call.value_dim, call.value_dim,
                 num_heads, num_tokens * num_heads, call.key_dim, call.value_dim,
-                is_cross ? run.length : run.length - run.num_tokens + token + 1, !is_cross, call.window, call.scaling, call.softcap,
+                is_cross ? run.length : run.length - run.num_tokens + token + 1, !is_cross,
+                call.window, call.scaling, call.softcap,
                 call.sinks ? call.sinks + query_head : nullptr,
             });
         }

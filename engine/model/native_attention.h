@@ -35,7 +35,7 @@ struct AttentionCall {
 // sources. `step` says where; false where it is another's.
 bool attend_sources(const AttentionCall& call, const Step& step);
 
-// Attention of the current step's tokens; false where there is none or it is another. Those behind its own become zeros.
+// Attention of the current step's tokens; false where there is none or it is another. Those behind it become zeros.
 bool attend_slots(const AttentionCall& call);
 
 // Attention of whole sequences, each over itself, where every position sees every other.

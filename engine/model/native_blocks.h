@@ -102,12 +102,13 @@ static inline AVX512_BF16 void transpose_words(const __m512i* rows, int32_t* to,
         }
     // b[4 i + c] has, in its quarter q, column 4 q + c of rows 4 i to 4 i + 3.
     for (int c = 0; c < 4; c++) {
-        const __m512i low = _mm512_shuffle_i32x4(b[c], b[4 + c], 0x88), low2 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0x88);
-        const __m512i high = _mm512_shuffle_i32x4(b[c], b[4 + c], 0xdd), high2 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0xdd);
-        _mm512_storeu_si512(to + c * to_row, _mm512_shuffle_i32x4(low, low2, 0x88));
-        _mm512_storeu_si512(to + (8 + c) * to_row, _mm512_shuffle_i32x4(low, low2, 0xdd));
-        _mm512_storeu_si512(to + (4 + c) * to_row, _mm512_shuffle_i32x4(high, high2, 0x88));
-        _mm512_storeu_si512(to + (12 + c) * to_row, _mm512_shuffle_i32x4(high, high2, 0xdd));
+        const auto store = [&](int row, __m512i half, __m512i other) AVX512_BF16 {
+            _mm512_storeu_si512(to + row * to_row, _mm512_shuffle_i32x4(half, other, 0x88));
+            _mm512_storeu_si512(to + (row + 8) * to_row, _mm512_shuffle_i32x4(half, other, 0xdd));
+        };
+        // Quarters 0 and 2 of both, then 1 and 3.
+        store(c, _mm512_shuffle_i32x4(b[c], b[4 + c], 0x88), _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0x88));
+        store(4 + c, _mm512_shuffle_i32x4(b[c], b[4 + c], 0xdd), _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0xdd));
     }
 }
 
@@ -124,11 +125,13 @@ AVX512_BF16 void pack_keys(const typename T::Value* keys, int64_t row, int64_t n
 }
 
 // Values [n, dim] as words [n / PAIR, dim], each of values of one column.
-AVX512_BF16 inline void pack_values(const uint16_t* values, int64_t row, int64_t num_keys, int64_t dim, int32_t* packed) {
+AVX512_BF16 inline void pack_values(const uint16_t* values, int64_t row, int64_t num_keys, int64_t dim,
+                                    int32_t* packed) {
     for (int64_t key = 0; key < num_keys; key += 2, packed += dim)
         for (int64_t d = 0; d < dim; d += LANES) {
             const auto words = [&](int64_t k) AVX512_BF16 {
-                return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + k * row + d)));
+                const auto* from = reinterpret_cast<const __m256i*>(values + k * row + d);
+                return _mm512_cvtepu16_epi32(_mm256_loadu_si256(from));
             };
             const __m512i second = key + 1 < num_keys ? _mm512_slli_epi32(words(key + 1), 16) : _mm512_setzero_si512();
             _mm512_storeu_si512(packed + d, _mm512_or_si512(words(key), second));
@@ -140,7 +143,7 @@ struct Running {
     float most = -INFINITY, sum = 0;
 };
 
-// Scores become weights of the keys [begin, end) of `num_keys`, 0 of the others; returns by what the sums so far change.
+// Scores become weights of the keys [begin, end) of `num_keys`, 0 of the others; returns by what former sums change.
 template <typename T>
 AVX512_BF16 float weigh_block(float* scores, typename T::Value* weights, int64_t begin, int64_t end, int64_t num_keys,
                               float scaling, float softcap, Running& running) {
@@ -193,7 +196,8 @@ AVX512_BF16 void attend_block(const Block<T>& block) {
     alignas(64) float scores[TILE_ROWS * BLOCK_KEYS];
     alignas(64) Value weights[TILE_ROWS * BLOCK_KEYS];
     const int32_t* weight_words[TILE_ROWS];
-    for (int64_t m = 0; m < TILE_ROWS; m++) weight_words[m] = reinterpret_cast<const int32_t*>(weights + m * BLOCK_KEYS);
+    for (int64_t m = 0; m < TILE_ROWS; m++)
+        weight_words[m] = reinterpret_cast<const int32_t*>(weights + m * BLOCK_KEYS);
     const int64_t stop = block.stop(last_row);
     for (int64_t key = block.first(0); key < stop; key += BLOCK_KEYS) {
         const int64_t num_keys = std::min(BLOCK_KEYS, stop - key);
@@ -214,20 +218,22 @@ AVX512_BF16 void attend_block(const Block<T>& block) {
             const int32_t* queries[TILE_ROWS];  // the last row stands in for those that a last tile lacks
             for (int64_t m = 0; m < TILE_ROWS; m++)
                 queries[m] = reinterpret_cast<const int32_t*>(block.query_of(std::min(row + m, last_row)));
-            multiply_tile<T>(queries, packed_keys, block.key_dim / T::PAIR, BLOCK_KEYS, scores, BLOCK_KEYS, padded, false);
+            multiply_tile<T>(queries, packed_keys, block.key_dim / T::PAIR, BLOCK_KEYS, scores, BLOCK_KEYS, padded,
+                             false);
             for (int64_t m = 0; m < TILE_ROWS; m++) {
                 const int64_t r = std::min(row + m, last_row);
                 const int64_t begin = std::max<int64_t>(0, block.first(r) - key);
                 const int64_t end = std::min(seen, block.stop(r) - key);
-                const float change = weigh_block<T>(scores + m * BLOCK_KEYS, weights + m * BLOCK_KEYS, begin, end, padded,
-                                                    block.scaling, block.softcap, running[row + m]);
+                const float change =
+                    weigh_block<T>(scores + m * BLOCK_KEYS, weights + m * BLOCK_KEYS, begin, end, padded,
+                                   block.scaling, block.softcap, running[row + m]);
                 if (change == 1.0f) continue;
                 float* of_row = sums + (row + m) * dim;
                 for (int64_t d = 0; d < dim; d += LANES)
                     _mm512_storeu_ps(of_row + d, _mm512_mul_ps(_mm512_loadu_ps(of_row + d), _mm512_set1_ps(change)));
             }
-            multiply_tile<T>(weight_words, value_words, (seen + T::PAIR - 1) / T::PAIR, value_row, sums + row * dim, dim, dim,
-                             true);
+            multiply_tile<T>(weight_words, value_words, (seen + T::PAIR - 1) / T::PAIR, value_row, sums + row * dim,
+                             dim, dim, true);
         }
     }
     for (int64_t row = 0; row <= last_row; row++) {
