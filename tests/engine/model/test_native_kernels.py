@@ -17,7 +17,15 @@ from tests.int4_weights import CAN_COMPILE, random
 compiles = pytest.mark.skipif(not CAN_COMPILE, reason="no compiler, or no AVX512-BF16")
 
 
+@pytest.fixture
+def quick_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that nobody computes with need no optimisation, which is most of what compiling takes."""
+    flags = tuple(flag for flag in native_kernels.FLAGS if flag != "-O3")
+    monkeypatch.setattr(native_kernels, "FLAGS", ("-O0", *flags))
+
+
 @compiles
+@pytest.mark.usefixtures("quick_to_compile")
 def test_they_are_compiled_once_and_a_damaged_library_is_compiled_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -37,6 +45,7 @@ def test_they_are_compiled_once_and_a_damaged_library_is_compiled_again(
 
 
 @compiles
+@pytest.mark.usefixtures("quick_to_compile")
 def test_a_directory_that_others_can_write_to_is_not_trusted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
@@ -46,6 +55,7 @@ def test_a_directory_that_others_can_write_to_is_not_trusted(tmp_path: Path, cap
 
 
 @compiles
+@pytest.mark.usefixtures("quick_to_compile")
 def test_another_source_is_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_native(tmp_path) is not None
     first, *others = native_kernels.SOURCES
