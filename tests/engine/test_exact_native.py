@@ -41,7 +41,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return counts
 
 
-def engine_of(model: Any, **limits: int) -> Engine:
+def engine_of(model: Any, **limits: Any) -> Engine:
     """An engine whose model has kernels, in float32: layers that bring them are packed bfloat16 ones."""
     model.native_kernels = native_kernels()
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
