@@ -138,10 +138,11 @@ class SlotStorage:
             for tensors, dim in ((arena.keys, shape.key_dim), (arena.values, shape.value_dim)):
                 size = (op.num_slots, shape.num_kv_heads, op.capacity, dim)
                 old = tensors[layer] if layer < len(tensors) else None
-                new = None if old is None or not is_growth else grown(old, op.num_slots)
+                new = grown(old, op.num_slots) if old is not None and is_growth else None
                 if new is None:
                     # Zeros: attention multiplies masked positions by a weight of 0, and 0 * NaN would be NaN.
                     new = zeros_with_room(size, op.room, shape.dtype, shape.device or self.device)
-                    for row, old_row in enumerate(op.keep if old is not None else ()):
-                        new[row].copy_(old[old_row])  # type: ignore[index]
+                    if old is not None:
+                        for row, old_row in enumerate(op.keep):
+                            new[row].copy_(old[old_row])
                 tensors[layer : layer + 1] = [new]

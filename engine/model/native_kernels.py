@@ -201,12 +201,8 @@ class NativeKernels:
         value_dim = value.shape[3]
         out = query.new_empty((1, num_tokens, num_heads, value_dim))
         sinks = None if sinks is None else sinks.float()
-        strides = [tensor.stride() for tensor in (query, key, value)]
-        if any(stride[3] != 1 for stride in strides):
-            raise RuntimeError("expected heads whose values lie one after the other")
-        (_, q_head, q_row, _), (_, k_head, k_row, _), (_, v_head, v_row, _) = strides
         call = _AttentionCall(
-            query.data_ptr(), q_head, q_row, key.data_ptr(), k_head, k_row, value.data_ptr(), v_head, v_row,
+            *_strided(query), *_strided(key), *_strided(value),
             0 if sinks is None else sinks.data_ptr(), out.data_ptr(), query.dtype is torch.bfloat16,
             num_tokens, num_heads, key.shape[1], key_dim, value_dim, layer, window or 0, scaling, softcap or 0.0,
         )  # fmt: skip
@@ -228,11 +224,8 @@ class NativeKernels:
         """
         _, num_heads, num_tokens, key_dim = query.shape
         out = query.new_empty((1, num_tokens, num_heads, value_dim))
-        _, head_stride, row_stride, stride = query.stride()
-        if stride != 1:
-            raise RuntimeError("expected heads whose values lie one after the other")
         call = _AttentionCall(
-            query.data_ptr(), head_stride, row_stride, 0, 0, 0, 0, 0, 0, 0, out.data_ptr(),
+            *_strided(query), 0, 0, 0, 0, 0, 0, 0, out.data_ptr(),
             query.dtype is torch.bfloat16, num_tokens, num_heads, num_kv_heads, key_dim, value_dim, layer, 0,
             scaling, 0.0,
         )  # fmt: skip
@@ -249,13 +242,11 @@ class NativeKernels:
         num_sequences, num_heads, num_positions, key_dim = query.shape
         value_dim = value.shape[3]
         out = query.new_empty((num_sequences, num_positions, num_heads, value_dim))
-        strides = [tensor.stride() for tensor in (query, key, value)]
-        if any(stride[3] != 1 for stride in strides) or key.shape[2] != num_positions:
-            raise RuntimeError("expected as many keys as queries, and heads whose values lie one after the other")
-        (q_batch, q_head, q_row, _), (k_batch, k_head, k_row, _), (v_batch, v_head, v_row, _) = strides
+        if key.shape[2] != num_positions:
+            raise RuntimeError(f"expected as many keys as queries, got {key.shape[2]} and {num_positions}")
         call = _WholeCall(
-            query.data_ptr(), q_head, q_row, key.data_ptr(), k_head, k_row, value.data_ptr(), v_head, v_row,
-            q_batch, k_batch, v_batch, out.data_ptr(), query.dtype is torch.bfloat16,
+            *_strided(query), *_strided(key), *_strided(value),
+            query.stride(0), key.stride(0), value.stride(0), out.data_ptr(), query.dtype is torch.bfloat16,
             num_sequences, num_positions, num_heads, key.shape[1], key_dim, value_dim, torch.get_num_threads(), scaling,
         )  # fmt: skip
         self._attend_whole_call(ctypes.byref(call))
@@ -274,6 +265,14 @@ class NativeKernels:
             yield
         finally:
             self._set_step(None)
+
+
+def _strided(tensor: Tensor) -> tuple[int, int, int]:
+    """Strided of native_attention.h, of a tensor [B, H, T, D]."""
+    _, head_stride, row_stride, stride = tensor.stride()
+    if stride != 1:
+        raise RuntimeError("expected heads whose values lie one after the other")
+    return tensor.data_ptr(), head_stride, row_stride
 
 
 def _check(x: Tensor, num_columns: int, expected: int) -> None:

@@ -64,6 +64,10 @@ AOTITorchError make_rows(const Shape& x, int64_t num_outputs, AtenTensorHandle* 
     return make(sizes, aoti_torch_dtype_bfloat16(), made);
 }
 
+Strided strided(AtenTensorHandle tensor, const Shape& shape) {  // of [B, H, T, D]
+    return {data_of<void>(tensor), shape.strides[1], shape.strides[2]};
+}
+
 bool is_bf16(AtenTensorHandle tensor) {
     int32_t dtype = 0;
     aoti_torch_get_dtype(tensor, &dtype);
@@ -124,9 +128,7 @@ extern "C" AOTITorchError aoti_torch_cpu_attend_slots(AtenTensorHandle query, At
     aoti_torch_get_dtype(query, &dtype);
     if (const auto error = make({1, num_tokens, num_heads, v.last()}, dtype, made)) return error;
     const AttentionCall call{
-        {data_of<void>(query), q.strides[1], q.strides[2]},
-        {data_of<void>(key), k.strides[1], k.strides[2]},
-        {data_of<void>(value), v.strides[1], v.strides[2]},
+        strided(query, q), strided(key, k), strided(value, v),
         sinks ? data_of<float>(*sinks) : nullptr,
         data_of<void>(*made),
         is_bf16(query),
@@ -146,9 +148,7 @@ extern "C" AOTITorchError aoti_torch_cpu_attend_positions(AtenTensorHandle query
     aoti_torch_get_dtype(query, &dtype);
     if (const auto error = make({q.sizes[0], q.sizes[2], q.sizes[1], v.last()}, dtype, made)) return error;
     attend_whole({
-        {data_of<void>(query), q.strides[1], q.strides[2]},
-        {data_of<void>(key), k.strides[1], k.strides[2]},
-        {data_of<void>(value), v.strides[1], v.strides[2]},
+        strided(query, q), strided(key, k), strided(value, v),
         q.strides[0], k.strides[0], v.strides[0],
         data_of<void>(*made),
         is_bf16(query),

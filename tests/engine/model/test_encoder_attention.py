@@ -49,12 +49,18 @@ def test_only_in_bfloat16_the_models_own_attention_gives_way(dtype: torch.dtype)
     assert ((got - wanted).norm() / wanted.norm()).item() < (0.03 if dtype is torch.bfloat16 else 1e-6)
 
 
+class WithKernels(torch.nn.Module):
+    """A module that holds the kernels as packed layers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.native_kernels = native_kernels()
+
+
 @pytest.mark.skipif(not CAN_COMPILE, reason="no compiler, or no AVX512-BF16")
 @torch.inference_mode()
 def test_layers_with_kernels_of_our_own_are_attended_to_by_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = native_kernels()
-    module = torch.nn.Module()
-    module.native_kernels = kernels  # type: ignore[assignment]
+    module = WithKernels()
     calls: list[float] = []
     attend = NativeKernels.attend_positions
 

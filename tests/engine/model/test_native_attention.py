@@ -28,14 +28,20 @@ RUNS = {0: (512, 3, 2), 1: (8, 8, 1), 2: (512, 70, 70), 3: (512, 512, 190), 4: (
 LAYERS = 2
 
 
-def step_of(shape: LayerShape, lengths: dict[int, tuple[int, int, int]]) -> tuple[SlotStorage, FlatInputs]:
-    """A step of sequences in two arenas full of random K and V."""
+def filled(shape: LayerShape, *arenas: ResizeArena) -> SlotStorage:
+    """Arenas full of random K and V."""
     storage = SlotStorage([shape] * LAYERS, CPU)
-    storage.apply([ResizeArena(8, (), 6), ResizeArena(512, (), 6)])
+    storage.apply(arenas)
     generator = torch.Generator().manual_seed(0)
     for arena in storage.arenas.values():
         for tensor in (*arena.keys, *arena.values):
             tensor.normal_(generator=generator)
+    return storage
+
+
+def step_of(shape: LayerShape, lengths: dict[int, tuple[int, int, int]]) -> tuple[SlotStorage, FlatInputs]:
+    """A step of sequences in two arenas full of random K and V."""
+    storage = filled(shape, ResizeArena(8, (), 6), ResizeArena(512, (), 6))
     return storage, inputs_over(storage, lengths)
 
 
@@ -181,12 +187,7 @@ def crossing(
     """A step of sequences with sources: for each, its new tokens, its source's slot and the positions in it."""
     own = SlotStorage([shape] * LAYERS, CPU)
     own.apply([ResizeArena(64, (), len(lengths))])
-    storage = SlotStorage([shape] * LAYERS, CPU)
-    storage.apply([ResizeArena(32, (), 9), ResizeArena(512, (), 9)])
-    generator = torch.Generator().manual_seed(0)
-    for arena in storage.arenas.values():
-        for tensor in (*arena.keys, *arena.values):
-            tensor.normal_(generator=generator)
+    storage = filled(shape, ResizeArena(32, (), 9), ResizeArena(512, (), 9))
     items, slots = [], {}
     for number, (count, slot, length) in enumerate(lengths):
         source = Source(bytes([slot]), length)
